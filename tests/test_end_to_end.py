@@ -1,0 +1,101 @@
+"""The four scripts in order, as a person runs them, with the packaged model on the sample project."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+QUESTIONS = [json.loads(line) for line in (ROOT / "tests" / "sample_questions.jsonl").open(encoding="utf-8")]
+SHORT = ("--base-model", "packaged", "--max-steps", "8")
+ALT_LAS = ROOT.parent / "shared" / "documents" / "alt_las"
+
+
+def run(script: str, *arguments: str | Path, lines: str = "") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, script, *map(str, arguments)], cwd=ROOT, input=lines, capture_output=True, encoding="utf-8"
+    )
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory) -> Path:
+    """The sample project prepared, tuned for a few steps from the packaged model, and indexed."""
+    folder = tmp_path_factory.mktemp("chain")
+    for script, *arguments in (
+        ("prepare_finetuning_data.py", "--data-dir", folder / "data"),
+        ("run_finetuning.py", "--data-dir", folder / "data", "--model-dir", folder / "model", *SHORT),
+        ("generate_embeddings.py", "--model", folder / "model", "--index-dir", folder / "index"),
+    ):
+        finished = run(script, *arguments)
+        assert finished.returncode == 0, finished.stderr
+        (folder / f"{script}.out").write_text(finished.stdout, encoding="utf-8")
+    return folder
+
+
+def words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def answered(result: dict, question: dict) -> bool:
+    files = [result["source_file"], *result["also_in"]]
+    return any(gold["file"] in files and words(gold["contains"]) in words(result["text"]) for gold in question["gold"])
+
+
+def share_answered(index: Path, mode: str) -> float:
+    finished = run(
+        "semantic_search.py", "--mode", mode, "--json", "--top-k", "10", "--index-dir", index,
+        lines="".join(question["query"] + "\n" for question in QUESTIONS),
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    answers = [json.loads(line) for line in finished.stdout.splitlines()]
+    assert [answer["query"] for answer in answers] == [question["query"] for question in QUESTIONS]
+    found = [
+        any(answered(result, question) for result in answer["results"])
+        for answer, question in zip(answers, QUESTIONS, strict=True)
+    ]
+    return sum(found) / len(found)
+
+
+def test_the_verdict_is_the_last_line_and_is_in_evaluation_json(chain):
+    last = (chain / "run_finetuning.py.out").read_text(encoding="utf-8").splitlines()[-1]
+    pattern = (
+        r"VERDICT (\S+) nDCG@10 (0\.\d{3}) -> (0\.\d{3}) \([+-]0\.\d{3}, 95% CI [+-]\S+\.\.[+-]\S+, (\d+) queries\)"
+    )
+    verdict, base, tuned, queries = re.fullmatch(pattern, last).groups()
+    comparison = json.loads((chain / "model" / "evaluation.json").read_text(encoding="utf-8"))["comparison"]
+    assert (comparison["verdict"], comparison["queries"]) == (verdict, int(queries))
+    assert f"{comparison['base']['nDCG@10']:.3f}" == base
+    assert f"{comparison['fine_tuned']['nDCG@10']:.3f}" == tuned
+
+
+def test_hybrid_search_answers_most_questions_of_the_sample_and_more_than_meaning_alone(chain):
+    hybrid = share_answered(chain / "index", "hybrid")
+    assert hybrid >= 0.7
+    assert hybrid >= share_answered(chain / "index", "semantic")
+
+
+def test_keyword_and_task_search_answer_most_questions_of_the_sample(chain):
+    assert share_answered(chain / "index", "keyword") >= 0.65
+    assert share_answered(chain / "index", "task") >= 0.65
+
+
+def test_the_tuned_model_loads_with_sentence_transformers_alone(chain):
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(chain / "model"), device="cpu", local_files_only=True)
+    assert model.max_seq_length == 256
+    assert model.encode(["gece debisi"]).shape == (1, 384)
+
+
+@pytest.mark.skipif(not ALT_LAS.is_dir(), reason="needs the ALT_LAS documents in ../shared/documents/alt_las")
+def test_all_documents_of_a_real_project_can_be_prepared(tmp_path):
+    finished = run(
+        "prepare_finetuning_data.py", "--documents-root", ALT_LAS, "--documents", "**/*.md", "--data-dir", tmp_path
+    )
+    assert finished.returncode == 0, finished.stderr
+    report = json.loads((tmp_path / "data_report.json").read_text(encoding="utf-8"))
+    assert report["documents"] == 525
+    assert 9_000 <= report["passages"] <= 13_000
