@@ -42,7 +42,7 @@ MAX_DOCUMENT_MB = 20  # larger files are skipped with a warning
 
 # ---------------------------------------------------------------------------------------------- pairs
 PAIR_STRATEGIES = ["heading", "sentence"]  # any of: neighbours, section, heading, sentence
-MAX_PAIRS_PER_SECTION = 8  # so that a long list does not swamp the rest
+MAX_PAIRS_PER_SECTION = 24  # of one strategy, so that a long list does not swamp the rest
 TEMPLATE_DOCUMENTS = 4  # a text found in this many unrelated documents is a template line: never trained on
 EVALUATION_SHARE = 0.2  # share of the passages, by whole documents, that training never sees
 MAX_EVALUATION_QUERIES = 400
@@ -150,9 +150,9 @@ def run(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + getattr(signal, "SIGPIPE", 13)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror}; make room or allow access, then run again", file=sys.stderr)
+        print(f"error: {where}{error.strerror}; make room, allow access or name another place", file=sys.stderr)
         status = 2
     sys.exit(status)

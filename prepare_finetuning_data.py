@@ -64,7 +64,11 @@ def find_documents(documents_root: Path, patterns: list[str]) -> list[Path]:
         relative = pattern.lstrip("/")
         if not relative or ".." in Path(relative).parts:
             raise UserError(f"--documents {pattern!r} must be a glob below {documents_root}, such as '**/*.md'")
-        matches = {path for path in root.glob(relative) if path.is_file() and path.resolve().is_relative_to(root)}
+        try:
+            found_now = list(root.glob(relative))
+        except ValueError as error:
+            raise UserError(f"--documents {pattern!r}: {error}") from None
+        matches = {path for path in found_now if path.is_file() and path.resolve().is_relative_to(root)}
         if not matches:
             warn(f"no document matches {pattern!r} in {documents_root} (config.TARGET_DOCUMENTS or --documents)")
         found |= matches
@@ -76,10 +80,14 @@ def find_documents(documents_root: Path, patterns: list[str]) -> list[Path]:
 def read_document(path: Path, max_mb: float) -> str | None:
     """Return a document's text with "\\n" line ends and no BOM, or None after one line of warning."""
     try:
+        str(path).encode()
         if path.stat().st_size > max_mb * 1e6:
             warn(f"{path}: larger than {max_mb:g} MB, skipped (config.MAX_DOCUMENT_MB)")
             return None
         text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeEncodeError:
+        warn(f"{path}: the file's name is not UTF-8, skipped; rename it")
+        return None
     except UnicodeDecodeError as error:
         warn(f"{path}: not UTF-8 at byte {error.start}, skipped; try: iconv -f WINDOWS-1254 -t UTF-8 {path.name}")
         return None
@@ -96,7 +104,7 @@ def read_document(path: Path, max_mb: float) -> str | None:
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {message.encode(errors='backslashreplace').decode()}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------- text and words
@@ -138,12 +146,15 @@ def plain_text(markdown: str) -> str:
         else:
             header = []
             if LIST_MARK.match(line) or not line.strip() or not units:
-                units.append(LIST_MARK.sub("", line))
+                units.append(OTHER_MARK.sub("", LIST_MARK.sub("", line)))
             else:
                 units[-1] += " " + OTHER_MARK.sub("", line)
-    bare = (LINK.sub(r"\1", OTHER_MARK.sub("", unit)).replace("`", "") for unit in units)
-    plain = (" ".join(EMPHASIS.sub("", unit).split()) for unit in bare)
-    return " ".join(unit if unit[-1] in ".!?…:;," else unit + "." for unit in plain if unit)
+    bare = (LINK.sub(r"\1", unit).replace("`", "") for unit in units)
+    plain = [" ".join(EMPHASIS.sub("", unit).split()) for unit in bare]
+    kept = [unit for unit in plain if unit]
+    if len(kept) < 2:
+        return "".join(kept)
+    return " ".join(unit if unit[-1] in ".!?…:;," else unit + "." for unit in kept)
 
 
 def table_cells(line: str) -> list[str]:
@@ -155,7 +166,7 @@ def sentences(text: str) -> list[str]:
     """Cut text after sentence ends; joined with a space the pieces give the text again."""
     pieces, start = [], 0
     for match in SENTENCE_END.finditer(text):
-        if not ABBREVIATION.search(text[start : match.start()]):
+        if not ABBREVIATION.search(text, max(start, match.start() - 12), match.start()):
             pieces.append(text[start : match.end()].strip())
             start = match.end()
     return [piece for piece in [*pieces, text[start:].strip()] if piece]
@@ -243,7 +254,7 @@ def markdown_parser() -> MarkdownIt:
 
 def cut_sections(text: str, max_chars: int) -> Iterator[list[Block]]:
     """Yield the blocks under each heading in turn; headings, rules and front matter are no blocks."""
-    front_matter = re.match(r"---\n[\w-]+:.*\n(?:[\w-]+:.*\n|[ \t#-].*\n|\n)*?(?:---|\.\.\.)[ \t]*(?:\n|\Z)", text)
+    front_matter = re.match(r"---\n\w[\w-]*:.*\n(?:\w[\w-]*:.*\n|[ \t#-].*\n|\n)*?(?:---|\.\.\.)[ \t]*(?:\n|\Z)", text)
     if front_matter:
         text = "\n" * front_matter[0].count("\n") + text[front_matter.end() :]
     lines = text.split("\n")
@@ -301,7 +312,7 @@ def cut_table(lines: list[str], start: int, end: int, heading: tuple[str, ...], 
     """Yield a table's rows in groups, each below the table's header."""
     header = "\n".join(lines[start : start + 2])
     rows = [Block(heading, number + 1, number + 1, lines[number]) for number in range(start + 2, end)]
-    for group in pack(rows, max(max_chars - len(header), max_chars // 2)):
+    for group in pack(rows, max(max_chars - len(header) - 1, max_chars // 2)):
         rows_text = "\n".join(row.text for row in group)
         yield Block(heading, group[0].start_line, group[-1].end_line, f"{header}\n{rows_text}")
 
@@ -440,7 +451,7 @@ class Section(NamedTuple):
     """What the strategies read: one section without its template lines and too short texts."""
 
     heading: tuple[str, ...]  # () where the last heading is a template's
-    passages: list[Passage]
+    passages: list[tuple[tuple[str, ...], str]]  # each with its own heading path
     paragraphs: list[str]
 
 
@@ -452,12 +463,14 @@ def usable_sections(passages: list[Passage], templates: set[str], min_words: int
         heading = members[0].heading
         if heading and template_key(heading[-1]) in templates:
             heading = ()
-        texts = [plain_text(block) for passage in members for block in passage.blocks]
-        paragraphs = [
-            text for text in texts if len(WORD.findall(text)) >= min_words and template_key(text) not in templates
-        ]
-        kept = [passage for passage in members if template_key(plain_text(passage.text)) not in templates]
-        if paragraphs and kept:
+        kept: list[tuple[tuple[str, ...], str]] = []
+        paragraphs: list[str] = []
+        for passage in members:
+            texts = [plain_text(block) for block in passage.blocks]
+            own = [text for text in texts if template_key(text) not in templates]
+            paragraphs += [text for text in own if len(WORD.findall(text)) >= min_words]
+            kept.append((passage.heading if heading else passage.heading[:-1], " ".join(own)))
+        if paragraphs:
             result.append(Section(heading, kept, paragraphs))
     return result
 
@@ -493,17 +506,19 @@ def heading_query(heading: tuple[str, ...]) -> str:
 def sentence_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Iterator[tuple[str, str]]:
     """A sentence and the rest of its passage (inverse cloze task; Lee, Chang and Toutanova, ACL 2019), up to 3 each."""
     for section in sections:
-        for passage in section.passages[:max_pairs]:
-            yield from take_sentences(passage, 3, rng)
+        drawn = (take_sentences(heading, text, 3, rng) for heading, text in section.passages)
+        yield from itertools.islice(itertools.chain.from_iterable(drawn), max_pairs)
 
 
-def take_sentences(passage: Passage, count: int, rng: random.Random, min_words: int = 5) -> list[tuple[str, str]]:
-    """Draw sentences of a passage; return each with what the model reads of the passage without it."""
-    pieces = sentences(plain_text(passage.text))
+def take_sentences(
+    heading: tuple[str, ...], text: str, count: int, rng: random.Random, min_words: int = 5
+) -> list[tuple[str, str]]:
+    """Draw sentences of a passage's plain text; return each with what the model reads of the passage without it."""
+    pieces = sentences(text)
     words = [len(WORD.findall(piece)) for piece in pieces]
     usable = [i for i, length in enumerate(words) if length >= min_words and sum(words) - length >= min_words]
     chosen = sorted(rng.sample(usable, min(count, len(usable))))
-    return [(pieces[i], text_for_model(passage.heading, " ".join(pieces[:i] + pieces[i + 1 :]))) for i in chosen]
+    return [(pieces[i], text_for_model(heading, " ".join(pieces[:i] + pieces[i + 1 :]))) for i in chosen]
 
 
 STRATEGIES: dict[str, Callable[[list[Section], int, random.Random], Iterator[tuple[str, str]]]] = {
@@ -617,7 +632,7 @@ def ask_heading(passage: Passage, templates: set[str], holders: Counter, rng: ra
 
 
 def ask_sentence(passage: Passage, templates: set[str], holders: Counter, rng: random.Random) -> tuple[str, str] | None:
-    taken = take_sentences(passage, 1, rng)
+    taken = take_sentences(passage.heading, plain_text(passage.text), 1, rng)
     return taken[0] if taken and template_key(taken[0][0]) not in templates else None
 
 

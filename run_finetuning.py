@@ -45,6 +45,7 @@ from prepare_finetuning_data import (
     Query,
     check_model,
     find_model,
+    fold,
     load_tokenizer,
     read_corpus,
     read_pairs,
@@ -81,6 +82,40 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+
+
+def mend_tokenizer(model, texts: list[str]) -> list[str]:
+    """Have the tokenizer read a letter by its plain form (ı as i) where that cuts words into fewer tokens.
+
+    An English WordPiece vocabulary holds "##ı" as a letter of its own and breaks words at it, so the model sees little
+    of "kayıtlı" and much of "kayitli"; a multilingual vocabulary is left as it is. The rule is saved in tokenizer.json,
+    so that whatever loads the model applies it.
+
+    Returns:
+        the letters.
+    """
+    from tokenizers import normalizers
+
+    backend = model.tokenizer.backend_tokenizer
+    words: dict[str, dict[str, None]] = {}
+    for word in (word for text in texts for word in text.split() if not word.isascii()):
+        for letter in sorted(set(word)):
+            if letter.isalpha() and fold(letter).isascii() and len(words.setdefault(letter, {})) < 500:
+                words[letter][word] = None
+
+    def tokens(of: list[str]) -> int:
+        return sum(sum(one.attention_mask) for one in backend.encode_batch(of, add_special_tokens=False))
+
+    rules = {letter: fold(letter) for letter in sorted(words) if not letter.isascii()}
+    mended = [
+        letter
+        for letter, plain in rules.items()
+        if tokens([word.replace(letter, plain) for word in words[letter]]) < tokens(list(words[letter]))
+    ]
+    if mended:
+        replacements = [normalizers.Replace(letter, rules[letter]) for letter in mended]
+        backend.normalizer = normalizers.Sequence([*replacements, *filter(None, [backend.normalizer])])
+    return mended
 
 
 # ----------------------------------------------------------------------------------- held-out evaluation
@@ -392,6 +427,9 @@ def save_model(model, folder: Path, evaluation: dict, texts: list[str]) -> None:
     """
     with replacing(folder) as temporary:
         model.save_pretrained(str(temporary), safe_serialization=True)
+        # A class such as BertTokenizer would build its own rules when it is loaded; this one reads tokenizer.json's.
+        settings = read_json(temporary / "tokenizer_config.json") | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        (temporary / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
         export_onnx(model, temporary, texts)
         (temporary / "evaluation.json").write_text(
             json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -535,6 +573,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 def fine_tune(model, pairs: list[Pair], watched: HeldOut, budget_seconds: float, options: argparse.Namespace) -> dict:
     """Train the model in place and mix its weights with the base's; return what evaluation.json tells of that."""
+    mended = mend_tokenizer(model, [text for pair in pairs for text in pair[:2]])
     columns = training_columns(pairs, options.loss, model)
     base_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
     window, model.max_seq_length = model.max_seq_length, min(model.max_seq_length, config.TRAINING_TOKENS)
@@ -548,6 +587,7 @@ def fine_tune(model, pairs: list[Pair], watched: HeldOut, budget_seconds: float,
         "format": 1,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": {name: getattr(options, name) for name in settings} | {"training_tokens": config.TRAINING_TOKENS},
+        "letters_read_plainly": mended,
         "pairs": len(columns["anchor"]),
         "steps": steps,
         "history": history,
@@ -571,8 +611,9 @@ def refuse_lesser_base(options: argparse.Namespace, note: str | None) -> None:
 def evaluate_saved(options: argparse.Namespace, base_model, deciding: HeldOut) -> dict:
     """Compare the saved model with the base on the half of the held-out queries that decides."""
     saved = load_model(options.model_dir, config.DEVICE)
-    kept_base = read_json(options.model_dir / "evaluation.json").get("alpha") == 0
-    return compare(deciding.queries, deciding.ranks(base_model), deciding.ranks(saved), kept_base, options.seed)
+    saved_verdict = read_json(options.model_dir / "evaluation.json").get("comparison", {}).get("verdict")
+    ranks = deciding.ranks(base_model), deciding.ranks(saved)
+    return compare(deciding.queries, *ranks, saved_verdict == "kept-base", options.seed)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -627,7 +668,7 @@ def main(argv: list[str] | None = None) -> None:
     watching_share = 9 * len(watched.passages) / max(1, len(deciding.passages))  # 4 looks, 5 mixtures of weights
     budget_seconds = config.MAX_TRAINING_MINUTES * 60 - (2 + watching_share) * evaluation_seconds
     evaluation = fine_tune(model, pairs, watched, budget_seconds, options)
-    kept_base = evaluation["alpha"] == 0
+    kept_base = evaluation["alpha"] == 0 and not evaluation["letters_read_plainly"]
     evaluation |= {
         "comparison": compare(deciding.queries, base_ranks, deciding.ranks(model), kept_base, options.seed),
         "base": {"wanted": wanted, "used": "packaged" if note else wanted, "note": note},

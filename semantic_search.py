@@ -135,13 +135,14 @@ def search(index: Index, query: str, mode: str, top_k: int, semantic_weight: flo
     if len(query) > MAX_QUERY_CHARS:
         warn(f"only the first {MAX_QUERY_CHARS:,} of the query's {len(query):,} characters are searched")
         query = query[:MAX_QUERY_CHARS]
+    candidates = min(max(CANDIDATES, 2 * top_k), len(index.passages))
     if mode == "semantic":
-        scores = semantic_scores(index, query, max(CANDIDATES, 2 * top_k))
+        scores = semantic_scores(index, query, candidates)
     elif mode == "keyword":
-        scores = keyword_scores(index, query, max(CANDIDATES, 2 * top_k))
+        scores = keyword_scores(index, query, candidates)
     else:
         score = task_scores if mode == "task" else hybrid_scores
-        combined = score(index, query, max(CANDIDATES, 2 * top_k), semantic_weight)
+        combined = score(index, query, candidates, semantic_weight)
         scores = {place: 1 / (1 + math.exp(-value)) for place, value in combined.items()}
     return make_results(index, scores, top_k)
 
@@ -210,11 +211,11 @@ def print_results(results: list[dict]) -> None:
     for result in results:
         print(f"{result['rank']}. {result['source_file']}:{result['start_line']}  ({result['score']:.3f})")
         if result["heading"]:
-            print(textwrap.shorten(f"   {result['heading']}", width, placeholder="…"))
+            print("   " + textwrap.shorten(result["heading"], width - 3, placeholder="…"))
         text = textwrap.shorten(plain_text(result["text"]), 3 * (width - 3), placeholder=" …")
         print(textwrap.fill(text, width, initial_indent="   ", subsequent_indent="   "))
         if result["also_in"]:
-            print(textwrap.shorten(f"   also in {', '.join(result['also_in'])}", width, placeholder="…"))
+            print("   " + textwrap.shorten(f"also in {', '.join(result['also_in'])}", width - 3, placeholder="…"))
         print()
 
 
@@ -235,7 +236,7 @@ def prompt(index: Index, options: argparse.Namespace) -> int:
     found = 0
     while True:
         try:
-            query = input("search> ")
+            query = input("search> " if sys.stdout.isatty() else "")  # a file holds the answers alone
         except EOFError:
             print()
             return found

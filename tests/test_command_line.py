@@ -1,0 +1,115 @@
+"""The options of the four scripts, and what they do when they are called wrongly."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY, error_line, run_script
+
+import config
+
+DOCUMENTS = {"--documents-root": "DOCUMENTS_ROOT", "--documents": "TARGET_DOCUMENTS"}
+OPTIONS = {
+    "prepare_finetuning_data.py": DOCUMENTS
+    | {"--data-dir": "FINE_TUNING_DATA_DIR", "--strategy": "PAIR_STRATEGIES", "--seed": "SEED"},
+    "run_finetuning.py": {
+        "--data-dir": "FINE_TUNING_DATA_DIR",
+        "--model-dir": "MODEL_NAME",
+        "--base-model": "BASE_MODEL",
+        "--loss": "LOSS",
+        "--epochs": "EPOCHS",
+        "--batch-size": "BATCH_SIZE",
+        "--learning-rate": "LEARNING_RATE",
+        "--max-steps": None,
+        "--seed": "SEED",
+        "--evaluate-only": None,
+        "--force": None,
+    },
+    "generate_embeddings.py": DOCUMENTS
+    | {"--model": "MODEL_NAME", "--index-dir": "INDEX_DIR", "--check": None, "--restore": None, "--list-backups": None},
+    "semantic_search.py": {"--mode": "SEARCH_MODE", "--top-k": "TOP_K", "--json": None, "--index-dir": "INDEX_DIR"},
+}
+
+
+@pytest.mark.parametrize("script", OPTIONS)
+def test_help_names_every_option_with_its_setting_and_imports_nothing_heavy(script):
+    code = (
+        "import runpy, sys\nsys.argv[0] = sys.argv[1]\ndel sys.argv[1]\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally:\n    print(*sys.modules, sep='\\n', file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(REPOSITORY / script), "--help"],
+        capture_output=True,
+        encoding="utf-8",
+        cwd=REPOSITORY,
+    )
+    assert done.returncode == 0
+    options = dict(re.findall(r"^  (--[a-z-]+)(.*(?:\n   .*)*)", done.stdout, re.M))
+    for option, setting in OPTIONS[script].items():
+        assert option in options
+        assert setting is None or (f"config.{setting}" in options[option] and hasattr(config, setting)), option
+    assert not set(options) - OPTIONS[script].keys(), "options that are not in the contract"
+    heavy = {"torch", "sentence_transformers", "transformers", "faiss", "onnxruntime", "datasets", "huggingface_hub"}
+    assert not heavy & set(done.stderr.split())
+
+
+@pytest.mark.parametrize("script", OPTIONS)
+def test_wrong_usage_ends_with_exit_code_2_and_no_traceback(script):
+    for arguments in (["--no-such-option"], ["--seed", "x"], ["--top-k"]):
+        done = run_script(script, *arguments)
+        assert done.returncode == 2
+        assert done.stdout == "" and "usage:" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_every_setting_of_config_is_read_by_a_script():
+    sources = "".join((REPOSITORY / name).read_text(encoding="utf-8") for name in OPTIONS)
+    text = (REPOSITORY / "config.py").read_text(encoding="utf-8").partition("nothing to edit below")[0]
+    settings = set(re.findall(r"^([A-Z_]+) = ", text, re.M)) - {"BASE_DIR"}
+    assert len(settings) > 20
+    assert not {name for name in settings if f"config.{name}" not in sources}
+
+
+def run_main(code: str) -> subprocess.CompletedProcess:
+    code = f"import config, os, signal, sys\ndef main():\n    {code}\nconfig.run(main)"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=REPOSITORY)
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "line"),
+    [
+        ("return None", 0, ""),
+        ("return 1", 1, ""),
+        ("raise config.UserError('wrong, do this')", 2, "error: wrong, do this\n"),
+        (
+            "signal.signal(2, signal.default_int_handler); os.kill(os.getpid(), signal.SIGINT)",
+            130,
+            "interrupted; what was there before is unchanged\n",
+        ),
+        (
+            "raise OSError(28, 'No space left on device', 'x.tsv')",
+            2,
+            "error: x.tsv: No space left on device; make room",
+        ),
+    ],
+)
+def test_the_exit_code_tells_what_happened(code, status, line):
+    done = run_main(code)
+    assert done.returncode == status
+    assert done.stderr.startswith(line) and (line or not done.stderr)
+
+
+def test_a_mistake_of_the_program_shows_its_traceback():
+    done = run_main("return {}['key']")
+    assert done.returncode == 1 and "KeyError" in done.stderr
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(project, tmp_path):
+    (tmp_path / "data").write_text("a file stands in the way", encoding="utf-8")
+    done = run_script(
+        "prepare_finetuning_data.py",
+        *("--documents-root", project, "--documents", "**/*.md", "--data-dir", tmp_path / "data"),
+    )
+    assert done.returncode == 2
+    assert str(tmp_path / "data") in error_line(done.stderr)

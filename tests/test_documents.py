@@ -1,0 +1,327 @@
+"""Reading the target documents and cutting them into passages."""
+
+import os
+import re
+import subprocess
+import sys
+import unicodedata
+
+import pytest
+from conftest import REPOSITORY, SAMPLE_PROJECT, error_line, exit_status, write_documents
+
+import config
+import prepare_finetuning_data as prepare
+from config import UserError
+from prepare_finetuning_data import cut_passages, find_documents, fold, plain_text, read_document, sentences
+
+MAX_CHARS = 600
+
+
+def warnings_of(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+
+
+def document(tmp_path, content: bytes | str, name: str = "a.md"):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def texts_of(markdown: str, max_chars: int = MAX_CHARS) -> list[str]:
+    return [passage.text for passage in cut_passages(markdown, "a.md", max_chars)]
+
+
+# ------------------------------------------------------------------------------------------- find_documents
+
+
+def test_documents_are_found_once_and_sorted_whatever_globs_match_them(project):
+    found = find_documents(project, ["Planlama/*.md", "**/*.md", "Planlama/butce.md"])
+    assert found == sorted(set(found))
+    assert {path.name for path in found} == {path.name for path in project.rglob("*.md")}
+
+
+def test_a_glob_without_a_match_is_named_in_a_warning_and_the_rest_goes_on(project, capsys):
+    assert len(find_documents(project, ["Docs/*.md", "Yok/*.md"])) == 4
+    (line,) = warnings_of(capsys)
+    assert "Yok/*.md" in line
+
+
+def test_no_document_at_all_ends_with_exit_code_2(project, tmp_path, capsys):
+    arguments = ["--documents-root", project, "--documents", "yok/*.md", "--data-dir", tmp_path / "data"]
+    assert exit_status(prepare.main, arguments) == 2
+    assert str(project) in error_line(capsys.readouterr().err)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("pattern", ["../*.md", "a/../../*.md", "", "/"])
+def test_a_glob_that_leads_out_of_the_root_or_nowhere_is_refused(project, pattern):
+    with pytest.raises(UserError, match="glob"):
+        find_documents(project, [pattern])
+
+
+def test_a_glob_that_python_can_not_read_is_one_line(project, tmp_path, capsys):
+    arguments = ["--documents-root", project, "--documents", "**.md", "--data-dir", tmp_path / "data"]
+    status = exit_status(prepare.main, arguments)
+    assert status == 0 or "**.md" in error_line(capsys.readouterr().err)
+
+
+def test_a_documents_root_that_is_no_folder_is_an_error_naming_it(tmp_path):
+    with pytest.raises(UserError, match="nirgendwo"):
+        find_documents(tmp_path / "nirgendwo", ["*.md"])
+
+
+def test_a_symbolic_link_out_of_the_root_is_not_followed(project, tmp_path):
+    document(tmp_path, "# Gizli\n\nBaşkasının dosyası.\n", "secret.md")
+    (tmp_path / "elsewhere").mkdir()
+    document(tmp_path / "elsewhere", "# Gizli\n\nBaşkasının klasörü.\n")
+    (project / "link.md").symlink_to(tmp_path / "secret.md")
+    (project / "folder").symlink_to(tmp_path / "elsewhere")
+    (project / "gone.md").symlink_to(tmp_path / "no such file")
+    found = find_documents(project, ["**/*.md", "folder/*.md"])
+    assert not {path.name for path in found} & {"link.md", "a.md", "gone.md", "secret.md"}
+
+
+def test_a_directory_named_like_a_document_is_no_document(project):
+    (project / "x.md").mkdir()
+    assert "x.md" not in {path.name for path in find_documents(project, ["**/*.md"])}
+
+
+# -------------------------------------------------------------------------------------------- read_document
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("şu ışık".encode("windows-1254"), "not UTF-8 at byte 0"),
+        (b"good text \xff\xfe then not", "not UTF-8 at byte 10"),
+        (b"", "empty"),
+        (b"\xef\xbb\xbf \n\t\n", "empty"),
+        (b"text\0with a NUL", "NUL"),
+    ],
+)
+def test_a_document_that_is_no_text_is_skipped_with_one_warning(tmp_path, capsys, content, words):
+    assert read_document(document(tmp_path, content), 20) is None
+    (line,) = warnings_of(capsys)
+    assert words in line and "a.md" in line
+
+
+def test_a_document_of_50_megabytes_is_skipped_with_one_warning(tmp_path, capsys):
+    path = document(tmp_path, b"")
+    with path.open("r+b") as file:
+        file.truncate(50_000_000)
+    assert read_document(path, config.MAX_DOCUMENT_MB) is None
+    (line,) = warnings_of(capsys)
+    assert "larger than 20 MB" in line
+
+
+def test_one_bad_document_among_many_costs_only_itself(project, tmp_path, capsys):
+    document(project, "kötü".encode("windows-1254"), "bad.md")
+    document(project, b"", "nothing.md")
+    arguments = ["--documents-root", project, "--documents", "**/*.md", "--data-dir", tmp_path / "data"]
+    assert exit_status(prepare.main, arguments) == 0
+    assert len([line for line in warnings_of(capsys) if "bad.md" in line or "nothing.md" in line]) == 2
+    assert "bad.md" not in (tmp_path / "data" / "corpus.tsv").read_text(encoding="utf-8")
+
+
+def test_a_file_name_that_is_no_utf8_stops_nothing(project, tmp_path, capsys):
+    with open(os.fsencode(project) + b"/g\xf6rev.md", "w", encoding="utf-8") as file:  # noqa: PTH123
+        file.write("# Görev\n\nAdı bozuk ama içi sağlam bir belge.\n")
+    arguments = ["--documents-root", project, "--documents", "**/*.md", "--data-dir", tmp_path / "data"]
+    assert exit_status(prepare.main, arguments) == 0
+
+
+def test_a_byte_order_mark_and_foreign_line_ends_leave_no_trace(tmp_path):
+    assert read_document(document(tmp_path, b"\xef\xbb\xbf# A\r\n\r\nb\rc\n"), 20) == "# A\n\nb\nc\n"
+    (passage,) = cut_passages("# A\n\nb\nc\n", "a.md", MAX_CHARS)
+    assert (passage.heading, passage.start_line, passage.end_line) == (("A",), 3, 4)
+
+
+def test_a_document_without_read_permission_is_skipped_with_one_warning(tmp_path):
+    path = document(tmp_path, "# Gizli\n\nOkunamaz.\n")
+    path.chmod(0)
+    code = (
+        "import os, pathlib, sys\nimport prepare_finetuning_data as prepare\n"
+        "os.setuid(65534) if os.getuid() == 0 else None\n"
+        "print(prepare.read_document(pathlib.Path(sys.argv[1]), 20))"
+    )
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.name.startswith("pytest-"):
+            folder.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, encoding="utf-8", cwd=REPOSITORY, check=True
+    )
+    assert done.stdout.strip() == "None"
+    assert "Permission denied" in done.stderr and done.stderr.count("warning: ") == 1
+
+
+# ---------------------------------------------------------------------------------------- words and sentences
+
+
+def test_turkish_words_fold_to_one_form_however_they_are_typed():
+    assert {fold(word) for word in ("IŞIK", "ışık", "isik", "ISIK", "Işık", unicodedata.normalize("NFD", "IŞIK"))} == {
+        "isik"
+    }
+    assert {fold(word) for word in ("İSTANBUL", "istanbul", "Istanbul", "ISTANBUL")} == {"istanbul"}
+    assert fold("Çağrı Öğütücü") == "cagri ogutucu"
+
+
+def test_plain_text_has_no_marks_and_reads_items_and_table_rows_as_sentences():
+    assert plain_text("**Bold** and _thin_, `code_name` and [a link](http://x.y 'title').") == (
+        "Bold and thin, code_name and a link."
+    )
+    assert plain_text("- [x] done\n- item\n1. first\n\n> said") == "done. item. first. said."
+    assert plain_text("<div>inner</div><!-- not\nthis --> a < b.") == "inner a < b."
+    table = "| Görev ID | Durum |\n|---|:--:|\n| KM-2.1 | Sürüyor |\n| a \\| b | |"
+    assert plain_text(table) == "Görev ID: KM-2.1; Durum: Sürüyor. Görev ID: a | b"
+
+
+def test_sentences_joined_give_the_text_again_and_abbreviations_end_none():
+    text = 'Dr. Ali geldi. Pompa vb. Araçlar hazır! Peki, 3.5 bar? "Evet." Şu da var.'
+    pieces = sentences(text)
+    assert " ".join(pieces) == text
+    assert pieces[:2] == ["Dr. Ali geldi.", "Pompa vb. Araçlar hazır!"]
+    assert "Peki, 3.5 bar?" in pieces
+
+
+# -------------------------------------------------------------------------------------------- cut_passages
+
+
+def test_headings_are_the_path_of_a_passage_and_never_a_passage():
+    found = cut_passages("# A\n\n## B\n\none\n\n### C\n\n## D\n\ntwo\n", "a.md", MAX_CHARS)
+    assert [(passage.heading, passage.text) for passage in found] == [(("A", "B"), "one"), (("A", "D"), "two")]
+    assert [passage.chunk_index for passage in found] == [0, 1]
+
+
+def test_front_matter_and_rules_are_no_passages_and_shift_no_line():
+    found = cut_passages("---\ntitle: X\ntags:\n  - a\n---\n# A\n\none\n\n---\n\ntwo\n", "a.md", MAX_CHARS)
+    assert [passage.text for passage in found] == ["one\n\ntwo"]
+    assert (found[0].start_line, found[0].end_line) == (8, 12)
+
+
+def test_a_rule_at_the_beginning_of_a_document_hides_nothing():
+    assert texts_of("---\n\nThe first paragraph.\n\n---\n\nThe second one.\n") == [
+        "The first paragraph.\n\nThe second one."
+    ]
+    assert "once: upon a time" in " ".join(texts_of("---\nonce: upon a time there was no end\n"))
+    assert "- one\n- two" in " ".join(texts_of("---\n\n# Title\n\n- one\n- two\n\n---\n\nlast\n"))
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "text", ["---\na: b\n" + "-a: b\n" * 60 + "text\n", "vb. Ali geldi, " * 20_000, "# " + "<!--" * 20_000]
+)
+def test_a_document_made_to_be_slow_is_cut_all_the_same(text):
+    assert texts_of(text) or text.startswith("# ")
+
+
+def test_a_fence_that_is_never_closed_is_kept_to_the_end_of_the_document():
+    (text,) = texts_of("# A\n\n```python\nx = 1\n\n# no heading\nlast = 2\n")
+    assert "last = 2" in text and "# no heading" in text
+
+
+def test_a_fence_stays_whole_unless_it_is_too_long():
+    short = "```\n" + "a = 1\n\n" * 20 + "```"
+    assert short in "".join(texts_of(f"# A\n\nfirst\n\n{short}\n"))
+    long = "\n".join(f"line_{number} = {number}" for number in range(200))
+    found = texts_of(f"# A\n\n```\n{long}\n```\n")
+    assert len(found) > 1 and max(map(len, found)) <= MAX_CHARS
+    assert [word for text in found for word in re.findall(r"line_\d+", text)] == re.findall(r"line_\d+", long)
+
+
+def test_a_ragged_table_loses_no_cell():
+    (text,) = texts_of("| A | B |\n|---|---|\n| one |\n| two | three | four |\n")
+    assert all(word in text for word in ("one", "two", "three", "four"))
+    assert all(word in plain_text(text) for word in ("A: one", "A: two; B: three", "four"))
+
+
+def test_a_long_table_is_cut_between_rows_and_each_piece_repeats_the_header():
+    rows = [f"| KM-{number} | Görevin açıklaması burada durur, sayısı {number} |" for number in range(60)]
+    markdown = "# A\n\n| Görev ID | Açıklama |\n|---|---|\n" + "\n".join(rows) + "\n"
+    found = cut_passages(markdown, "a.md", MAX_CHARS)
+    assert len(found) > 3
+    assert all(passage.text.startswith("| Görev ID | Açıklama |\n|---|---|\n") for passage in found)
+    assert [row for passage in found for row in passage.text.split("\n")[2:]] == rows
+    lines = markdown.split("\n")
+    for passage in found:
+        assert passage.text.split("\n")[2:] == lines[passage.start_line - 1 : passage.end_line]
+
+
+def test_a_long_paragraph_is_cut_at_sentence_ends_with_no_piece_beyond_the_limit():
+    paragraph = " ".join(f"Bu paragrafın {number}. cümlesi de burada biter." for number in range(100))
+    found = texts_of(f"# A\n\n{paragraph}\n")
+    assert " ".join(found) == paragraph
+    assert all(len(text) <= MAX_CHARS and text.endswith(".") for text in found)
+
+
+def test_a_paragraph_without_a_sentence_end_or_a_space_is_cut_all_the_same():
+    assert max(map(len, texts_of("word " * 1000))) <= MAX_CHARS
+    assert "".join(texts_of("x" * 5000)) == "x" * 5000
+    assert max(map(len, texts_of("x" * 5000))) <= MAX_CHARS
+
+
+def test_html_and_right_to_left_text_are_passages():
+    assert "İçerik" in plain_text(texts_of("<div>\n<p>İçerik</p>\n</div>\n")[0])
+    assert texts_of("# عنوان\n\nهذا نص من اليمين إلى اليسار.\n") == ["هذا نص من اليمين إلى اليسار."]
+    assert texts_of("<!-- only a comment -->\n") == []
+
+
+# ---------------------------------------------------------------------------------- the whole sample project
+
+
+@pytest.fixture(scope="module")
+def sample():
+    paths = find_documents(SAMPLE_PROJECT, ["**/*.md"])
+    texts = {path.relative_to(SAMPLE_PROJECT).as_posix(): read_document(path, 20) for path in paths}
+    return texts, {name: cut_passages(text, name, MAX_CHARS) for name, text in texts.items()}
+
+
+def squeezed(text: str) -> str:
+    return re.sub(r"\s+", "", text)
+
+
+def test_every_passage_of_the_sample_project_stands_in_its_line_range(sample):
+    texts, passages = sample
+    for name, text in texts.items():
+        lines = text.split("\n")
+        for passage in passages[name]:
+            there = squeezed("\n".join(lines[passage.start_line - 1 : passage.end_line]))
+            table = re.match(r"[^\n]*\|[^\n]*\n[^\n]*---[^\n]*\n", passage.text)
+            blocks = passage.text.removeprefix(table[0]) if table and table[0][:9] not in there else passage.text
+            for line in blocks.split("\n"):
+                if not re.match(r"\s*\|", line):
+                    assert squeezed(line) in there, f"{name}:{passage.start_line}"
+                else:
+                    assert squeezed(line) in squeezed(text), f"{name}:{passage.start_line}"
+
+
+def test_no_passage_of_the_sample_project_is_too_long_unless_it_is_a_table_row(sample):
+    for name, found in sample[1].items():
+        for passage in found:
+            one_row = passage.text.count("\n") == 2 and passage.text.startswith("|")
+            assert len(passage.text) <= MAX_CHARS or one_row, f"{name}:{passage.start_line}"
+
+
+def test_nothing_of_the_sample_project_is_lost(sample):
+    texts, passages = sample
+    for name, text in texts.items():
+        covered = {line for one in passages[name] for line in range(one.start_line, one.end_line + 1)}
+        body = re.sub(r"\A---\n.*?\n---\n|<!--.*?-->", lambda found: "\n" * found[0].count("\n"), text, flags=re.S)
+        lines = body.split("\n")
+        for number, line in enumerate(lines, 1):
+            following = lines[number] if number < len(lines) else ""
+            is_heading = re.match(r"\s{0,3}#{1,6}(\s|$)", line) or re.match(r"\s{0,3}(=+|-+)\s*$", following)
+            has_words = re.search(r"[^\W_]", line) and not re.match(r"\s*(```|~~~)", line)
+            is_table_header = "|" in line and re.match(r"[\s|:-]+$", following)
+            if has_words and not is_heading and not is_table_header:
+                assert number in covered, f"{name}:{number}: {line}"
+
+
+def test_a_document_with_every_kind_of_bad_input_still_gives_its_text(tmp_path, capsys):
+    root = write_documents(tmp_path / "root", {"bad.md": "~~~\nnever closed\n", "good.md": "Kalan metin.\n"})
+    (root / "dir.md").mkdir()
+    os.mkfifo(root / "pipe.md")
+    found = prepare.read_passages(root, find_documents(root, ["*.md"]), MAX_CHARS, 20)
+    assert [passage.source_file for passage in found] == ["bad.md", "good.md"]
+    with pytest.raises(UserError, match="no text"):
+        document(root, b"", "empty.md")
+        prepare.read_passages(root, find_documents(root, ["empty.md"]), MAX_CHARS, 20)

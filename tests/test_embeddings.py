@@ -1,0 +1,464 @@
+"""Building, refreshing, checking and restoring the index; what happens to it when something goes wrong."""
+
+import hashlib
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, error_line, exit_status, start_script, wait_until, write_documents
+
+import config
+import generate_embeddings
+import semantic_search
+from generate_embeddings import keyword_terms, load_index
+from prepare_finetuning_data import text_for_model
+
+MODES = ["semantic", "keyword", "hybrid", "task"]
+
+
+@pytest.fixture
+def built(project, tmp_path, chain, capsys):
+    """An index of the small project, its own copy of the model, and short ways to run the two scripts."""
+    model = shutil.copytree(chain.model, tmp_path / "model")
+    index = tmp_path / "index"
+    documents = ["--documents-root", project, "--documents", "**/*.md"]
+
+    def build(*more):
+        status = exit_status(
+            generate_embeddings.main, [*documents, "--index-dir", index, *(more or ("--model", model))]
+        )
+        return status, capsys.readouterr()
+
+    def manage(action):
+        return exit_status(generate_embeddings.main, ["--index-dir", index, action]), capsys.readouterr()
+
+    def search(query, mode="hybrid"):
+        status = exit_status(
+            semantic_search.main, ["--json", "--mode", mode, "--top-k", "50", "--index-dir", index, query]
+        )
+        printed = capsys.readouterr()
+        return status, json.loads(printed.out)["results"] if status < 2 else error_line(printed.err)
+
+    assert build()[0] == 0
+    return SimpleNamespace(project=project, model=model, index=index, build=build, manage=manage, search=search)
+
+
+def embedded(printed) -> int:
+    return int(re.search(r"(\d+) embedded", printed.out)[1])
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def the_file(built, pattern: str) -> Path:
+    (path,) = built.index.glob(pattern)
+    return path
+
+
+def flip_byte(path: Path, place: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * place)] ^= 0x10
+    path.write_bytes(content)
+
+
+def change(built, name="Planlama/butce.md", old="Sekiz yüz", new="Dokuz yüz") -> None:
+    path = built.project / name
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+# -------------------------------------------------------------------------------------------- what is written
+
+
+def test_metadata_keeps_its_contract(built):
+    content = (built.index / "metadata.json").read_bytes()
+    first, _, body = content.partition(b"\n")
+    whole = json.loads(content)
+    assert whole["checksum"] == hashlib.sha256(body).hexdigest() and whole["checksum"].encode() in first
+    assert whole["format"] == 1 and whole["dimensions"] == 32
+    assert whole["passage_count"] == len(whole["passages"]) == content.count(b'"start_line"')
+    assert len(content.splitlines()) == 2 + len(whole["passages"]) + 1
+    assert whole["documents_root"] == str(built.project.resolve())
+    assert set(whole["documents"]) == {
+        path.relative_to(built.project).as_posix() for path in built.project.rglob("*.md")
+    }
+    for name, size, digest in whole["files"].values():
+        content = (built.index / name).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (size, digest)
+    assert set(whole["files"]) == {"embeddings", "keywords"}
+    assert (built.index / whole["model"]["folder"]).resolve() == built.model.resolve()
+    for passage in whole["passages"]:
+        keys = ["id", "source_file", "also_in", "heading", "chunk_index", "start_line", "end_line", "text", "hash"]
+        assert list(passage) == keys
+        assert (built.project / passage["source_file"]).is_file()
+    assert len({passage["id"] for passage in whole["passages"]}) == len(whole["passages"])
+    (copied,) = (passage for passage in whole["passages"] if passage["also_in"])
+    assert (copied["source_file"], copied["also_in"]) == ("Docs/lisans_notu_kopya.md", ["Ofis/lisans_notu.md"])
+
+
+def test_vector_i_is_the_normalised_embedding_of_passage_i(built):
+    index = load_index(built.index)
+    vectors = index.vectors.reconstruct_n(0, index.vectors.ntotal)
+    assert vectors.shape == (len(index.passages), 32)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    texts = [text_for_model(passage["heading"], passage["text"]) for passage in index.passages]
+    assert np.allclose(index.encoder.encode(texts), vectors, atol=1e-4)
+
+
+def test_keyword_terms_are_folded_words_whole_names_and_stems():
+    exact, stems = keyword_terms("Görevlendirme: KM-2.1, refreshToken ve src/main.py")
+    assert {"gorevlendirme", "km-2-1", "refreshtoken", "refresh", "token", "src-main-py", "km"} <= set(exact)
+    assert {"gorevl", "refres", "token"} <= set(stems)
+
+
+# ------------------------------------------------------------------------------------------------- refreshing
+
+
+def test_a_second_run_says_current_and_changes_nothing(built):
+    before = snapshot(built.index)
+    status, printed = built.build()
+    assert status == 0 and "is current" in printed.out
+    assert snapshot(built.index) == before
+
+
+def test_only_the_passages_of_a_changed_document_are_embedded_again(built):
+    old = load_index(built.index)
+    change(built)
+    status, printed = built.build()
+    assert status == 0 and embedded(printed) == 1
+    assert "butce.md" in printed.err
+    new = load_index(built.index)
+    assert any("Dokuz yüz" in passage["text"] for passage in new.passages)
+    assert not any("Sekiz yüz" in passage["text"] for passage in new.passages)
+    vectors = {passage["hash"]: old.vectors.reconstruct(i) for i, passage in enumerate(old.passages)}
+    for i, passage in enumerate(new.passages):
+        if passage["hash"] in vectors:
+            assert np.array_equal(vectors[passage["hash"]], new.vectors.reconstruct(i))
+
+
+def test_a_document_that_is_only_touched_leaves_the_index_current(built):
+    path = built.project / "Planlama" / "butce.md"
+    path.write_bytes(path.read_bytes())
+    assert "is current" in built.build()[1].out
+
+
+def test_a_moved_paragraph_keeps_its_vector_and_gets_its_new_lines(built):
+    path = built.project / "Planlama" / "butce.md"
+    path.write_text("\n\n\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    assert embedded(built.build()[1]) == 0
+    (result,) = (one for one in built.search("algılayıcı ihale", "keyword")[1] if "ihalede" in one["text"])
+    assert "Sekiz yüz" in path.read_text(encoding="utf-8").split("\n")[result["start_line"] - 1]
+
+
+def test_a_deleted_document_disappears_from_every_mode(built):
+    assert any(one["source_file"] == "Planlama/butce.md" for one in built.search("bütçe donanım")[1])
+    (built.project / "Planlama" / "butce.md").unlink()
+    status, printed = built.build()
+    assert status == 0 and embedded(printed) == 0
+    for mode in MODES:
+        status, results = built.search("bütçe donanım ölçüm", mode)
+        assert results and "Planlama/butce.md" not in {one["source_file"] for one in results}
+
+
+def test_a_deleted_original_leaves_its_copy_as_the_source(built):
+    (built.project / "Docs" / "lisans_notu_kopya.md").unlink()
+    assert built.build()[0] == 0
+    (first, *_) = built.search("kopyalanamaz", "keyword")[1]
+    assert (first["source_file"], first["also_in"]) == ("Ofis/lisans_notu.md", [])
+
+
+def test_another_passage_length_or_model_builds_the_index_anew(built, monkeypatch, tiny_model):
+    monkeypatch.setattr(config, "MAX_PASSAGE_CHARS", 100)
+    status, printed = built.build()
+    assert status == 0 and "MAX_PASSAGE_CHARS" in printed.err
+    status, printed = built.build("--model", tiny_model)
+    assert status == 0 and "the model changed" in printed.err
+    assert embedded(printed) == len(load_index(built.index).passages)
+
+
+def test_a_model_without_an_onnx_form_gets_one_in_the_index_folder(built, tiny_model):
+    before = snapshot(tiny_model)
+    assert built.build("--model", tiny_model)[0] == 0
+    assert snapshot(tiny_model) == before
+    (encoder,) = built.index.glob("encoder-*")
+    assert (encoder / "onnx" / "model.onnx").is_file() and not list(encoder.glob("*.safetensors"))
+    assert built.search("bütçe", "semantic")[0] == 0
+    assert "is current" in built.build("--model", tiny_model)[1].out
+
+
+# --------------------------------------------------------------------------------------------------- backups
+
+
+def test_backups_are_kept_listed_and_restored(built, monkeypatch):
+    monkeypatch.setattr(config, "INDEX_BACKUPS", 2)
+    first = snapshot(built.index)
+    for number in range(1, 4):
+        change(built, old="Sekiz" if number == 1 else f"Sayı{number - 1}", new=f"Sayı{number}")
+        assert built.build()[0] == 0
+    for pattern in ("metadata*.json", "embeddings-*.index", "keywords-*.sqlite"):
+        assert len(list(built.index.glob(pattern))) == 3
+    assert not set(snapshot(built.index)) & {name for name in first if name.startswith("embeddings-")}
+    status, printed = built.manage("--list-backups")
+    assert status == 0 and len(printed.out.splitlines()) == 3
+    assert re.fullmatch(r"(\S+ +\d+ passages +[\d.]+ MB  .*\n){3}", printed.out)
+
+    for wanted in ("Sayı2", "Sayı1"):
+        status, printed = built.manage("--restore")
+        assert status == 0 and "restored" in printed.out
+        for mode in MODES:
+            assert any(wanted in one["text"] for one in built.search("yüz algılayıcı ihalede", mode)[1])
+    status, printed = built.manage("--restore")
+    assert status == 2 and "no usable backup" in error_line(printed.err)
+    assert built.search("bütçe")[0] == 0
+
+
+def test_no_backups_are_kept_where_none_are_wanted(built, monkeypatch):
+    monkeypatch.setattr(config, "INDEX_BACKUPS", 0)
+    change(built)
+    assert built.build()[0] == 0
+    assert len(list(built.index.glob("metadata*.json"))) == 1 == len(list(built.index.glob("embeddings-*")))
+    assert built.search("bütçe")[0] == 0
+
+
+def test_restore_passes_over_a_damaged_backup(built):
+    for old, new in (("Sekiz", "Dokuz"), ("Dokuz", "Onbir")):
+        change(built, old=old, new=new)
+        assert built.build()[0] == 0
+    newest = max(built.index.glob("metadata-*.json"))
+    newest.write_bytes(newest.read_bytes()[:100])
+    status, printed = built.manage("--restore")
+    assert status == 0 and newest.name in printed.err
+    assert any("Sekiz" in one["text"] for one in built.search("yüz algılayıcı ihalede")[1])
+
+
+def test_a_damaged_backup_does_not_stop_a_build(built):
+    change(built)
+    assert built.build()[0] == 0
+    (backup,) = built.index.glob("metadata-*.json")
+    backup.write_text("{", encoding="utf-8")
+    change(built, old="Dokuz", new="Onbir")
+    status, printed = built.build()
+    assert status == 0, printed.err
+    assert any("Onbir" in one["text"] for one in built.search("yüz algılayıcı ihalede")[1])
+
+
+def test_files_of_others_survive_in_the_index_folder_and_around_it(built):
+    (built.index / "notes.txt").write_text("mine", encoding="utf-8")
+    (built.index / "folder").mkdir()
+    (built.index / "folder" / "embeddings-x.index").write_text("mine", encoding="utf-8")
+    outside = {path: snapshot(path) for path in (built.project, built.model)}
+    for number in range(4):
+        change(built, old="Sekiz" if number == 0 else f"Sayı{number - 1}", new=f"Sayı{number}")
+        outside[built.project] = snapshot(built.project)
+        assert built.build()[0] == 0
+    assert built.manage("--restore")[0] == 0
+    assert (built.index / "notes.txt").is_file() and (built.index / "folder" / "embeddings-x.index").is_file()
+    assert {path: snapshot(path) for path in outside} == outside
+    assert {path.name for path in built.index.parent.iterdir()} == {"project", "model", "index"}
+
+
+# ----------------------------------------------------------------------------------------------------- --check
+
+
+def test_check_tells_by_its_exit_code_whether_the_index_is_current_and_changes_nothing(built):
+    before = snapshot(built.index)
+    status, printed = built.build("--model", built.model, "--check")
+    assert status == 0 and "is current" in printed.out
+    change(built)
+    (built.project / "new.md").write_text("Yeni belge.\n", encoding="utf-8")
+    (built.project / "Docs" / "glossary.md").unlink()
+    status, printed = built.build("--model", built.model, "--check")
+    assert status == 1
+    for words in ("not current", "new.md", "butce.md", "glossary.md"):
+        assert words in printed.out
+    assert snapshot(built.index) == before
+
+
+def test_check_without_an_index_creates_none(built, tmp_path):
+    status, printed = built.build("--model", built.model, "--check", "--index-dir", tmp_path / "other")
+    assert status == 1 and "no index" in printed.out
+    assert not (tmp_path / "other").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- damage
+
+COMMAND = re.compile(r"run (python )?generate_embeddings\.py|run run_finetuning\.py")
+
+
+DAMAGES = [(damage, place) for damage in ("flip", "cut") for place in (0.0, 0.3, 0.6, 0.99)] + [("gone", 0.0)]
+
+
+@pytest.mark.parametrize(("damage", "place"), DAMAGES)
+@pytest.mark.parametrize("pattern", ["metadata.json", "embeddings-*.index", "keywords-*.sqlite"])
+def test_a_damaged_file_is_noticed_by_the_search_that_needs_it_and_mended_by_the_next_build(
+    built, pattern, place, damage
+):
+    path = the_file(built, pattern)
+    if damage == "flip":
+        flip_byte(path, place)
+    elif damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * place)])
+    for mode in MODES:
+        needed = {"semantic": ("metadata", "embeddings"), "keyword": ("metadata", "keywords")}.get(mode, ("",))
+        status, line = built.search("bütçe donanım", mode)
+        if path.name.startswith(needed):
+            assert status == 2 and COMMAND.search(line), (mode, line)
+        else:
+            assert status == 0
+    status, printed = built.build()
+    assert status == 0 and "is current" not in printed.out
+    for mode in MODES:
+        assert built.search("bütçe donanım", mode)[0] == 0
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", "{]", '{"format": 1}', '"format"', "\x00", "{}\n{}\n"])
+def test_json_that_is_no_metadata_is_one_line_and_exit_code_2(built, content):
+    (built.index / "metadata.json").write_text(content, encoding="utf-8")
+    status, line = built.search("bütçe", "keyword")
+    assert status == 2 and COMMAND.search(line)
+    assert built.build()[0] == 0
+    assert built.search("bütçe", "keyword")[0] == 0
+
+
+def test_an_index_of_another_format_version_is_built_anew(built):
+    path = built.index / "metadata.json"
+    path.write_bytes(path.read_bytes().replace(b'"format": 1', b'"format": 0'))
+    status, line = built.search("bütçe", "keyword")
+    assert status == 2 and "format 0" in line and COMMAND.search(line)
+    assert built.build()[0] == 0
+    assert built.search("bütçe", "keyword")[0] == 0
+
+
+def test_a_damaged_index_can_be_restored_to_the_one_before(built):
+    change(built)
+    assert built.build()[0] == 0
+    (built.index / "metadata.json").write_text("{", encoding="utf-8")
+    assert "--restore" in built.search("bütçe")[1]
+    assert built.manage("--restore")[0] == 0
+    assert any("Sekiz yüz" in one["text"] for one in built.search("yüz algılayıcı ihalede")[1])
+
+
+# ------------------------------------------------------------------------------- the model behind the index
+
+
+def test_keyword_search_answers_when_the_model_is_gone_and_the_others_say_so(built):
+    shutil.rmtree(built.model)
+    assert built.search("bütçe", "keyword")[0] == 0
+    for mode in ("semantic", "hybrid", "task"):
+        status, line = built.search("bütçe", mode)
+        assert status == 2 and COMMAND.search(line) and "--mode keyword" in line
+    status, printed = built.build()
+    assert status == 2 and str(built.model) in error_line(printed.err)
+    assert built.search("bütçe", "keyword")[0] == 0
+
+
+@pytest.mark.parametrize("damage", ["flip", "gone"])
+def test_a_changed_or_lost_onnx_file_is_noticed_by_the_search_and_by_the_next_build(built, damage):
+    path = built.model / "onnx" / "model.onnx"
+    if damage == "flip":
+        flip_byte(path, 0.7)
+    else:
+        path.unlink()
+    status, line = built.search("bütçe", "semantic")
+    assert status == 2 and COMMAND.search(line)
+    assert "is current" not in built.build()[1].out
+
+
+def test_another_model_in_the_same_folder_is_noticed_and_the_index_built_anew(built, tiny_multilingual_model, tmp_path):
+    from run_finetuning import load_model, save_model
+
+    model = load_model(tiny_multilingual_model, "cpu")
+    evaluation = {"base": {"note": None}, "comparison": {"queries": 0, "verdict": "unknown"}}
+    save_model(model, built.model, evaluation, ["bir metin", "a second text"])
+    shutil.rmtree(config.previous(built.model))
+    status, line = built.search("bütçe", "semantic")
+    assert status == 2 and COMMAND.search(line)
+    status, printed = built.build()
+    assert status == 0 and "the model changed" in printed.err
+    assert embedded(printed) == len(load_index(built.index).passages)
+    assert built.search("bütçe", "semantic")[0] == 0
+
+
+def test_an_encoder_lost_from_the_index_folder_is_made_again(built, tiny_model):
+    assert built.build("--model", tiny_model)[0] == 0
+    shutil.rmtree(the_file(built, "encoder-*"))
+    assert built.search("bütçe", "semantic")[0] == 2
+    assert built.build("--model", tiny_model)[0] == 0
+    assert built.search("bütçe", "semantic")[0] == 0
+
+
+# --------------------------------------------------------------------------------------- killed, and two at once
+
+
+def test_a_build_that_is_killed_leaves_the_old_index_and_the_next_run_goes_on(tmp_path, chain, capsys):
+    words = ["bir", "iki", "üç", "dört", "beş", "altı", "yedi", "sekiz", "dokuz", "on"]
+    paragraphs = (f"## {n}\n\nParagraf {n} {' '.join(words[int(c)] for c in str(n * 7919))}\n" for n in range(8000))
+    root = write_documents(tmp_path / "root", {"a.md": "# Eski\n\nEski belge.\n"})
+    index = tmp_path / "index"
+    arguments = ["--documents-root", root, "--documents", "*.md", "--model", chain.model, "--index-dir", index]
+    assert exit_status(generate_embeddings.main, arguments) == 0
+    write_documents(root, {"b.md": "# Yeni\n\n" + "\n".join(paragraphs)})
+
+    process = start_script("generate_embeddings.py", *arguments)
+    killed = wait_until(lambda: list(index.glob("unfinished-*.npz")), process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert killed and process.returncode == -signal.SIGKILL
+
+    assert [passage["text"] for passage in load_index(index).passages] == ["Eski belge."]
+    search = ["--json", "--index-dir", index, "eski belge"]
+    assert exit_status(semantic_search.main, search) == 0
+    capsys.readouterr()
+    assert exit_status(generate_embeddings.main, arguments) == 0
+    printed = capsys.readouterr()
+    done = int(re.search(r"interrupted run: (\d+) passages", printed.err)[1])
+    assert done >= generate_embeddings.EMBED_AT_ONCE
+    assert done + embedded(printed) == 8000
+    assert len(load_index(index).passages) == 8001
+    assert not list(index.glob("unfinished-*")) and not list(index.glob(".*.new"))
+
+
+def test_a_second_build_at_the_same_time_ends_at_once_and_names_the_first(built):
+    code = (
+        "import sys, time, pathlib, generate_embeddings as g\n"
+        "with g.locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(120)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(built.index)], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        before = snapshot(built.index)
+        change(built)
+        status, printed = built.build()
+        assert status == 2 and str(holder.pid) in error_line(printed.err)
+        assert snapshot(built.index) == before
+        assert built.search("bütçe")[0] == 0
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    assert built.build()[0] == 0
+
+
+def test_documents_without_text_leave_the_old_index(built, tmp_path):
+    root = write_documents(tmp_path / "bare", {"a.md": "# Only a heading\n"})
+    before = snapshot(built.index)
+    arguments = ["--documents-root", root, "--documents", "*.md", "--model", built.model]
+    status, printed = built.build(*arguments)
+    assert status == 2 and "no text" in error_line(printed.err)
+    assert {name: digest for name, digest in snapshot(built.index).items() if not name.startswith(".lock")} == {
+        name: digest for name, digest in before.items() if not name.startswith(".lock")
+    }

