@@ -294,10 +294,13 @@ def commit(index_dir: Path, header: dict, records: list[dict], vectors: np.ndarr
 
 def prune(index_dir: Path, backups: int) -> None:
     """Remove, of the names that this script gives, all that neither the index nor its kept backups use."""
-    kept = [index_dir / METADATA, *backup_files(index_dir)[:backups]]
-    used = {path.name for path in kept}
-    for path in kept:
-        header = read_header(path)
+    readable = []
+    for path in backup_files(index_dir):
+        with contextlib.suppress(UserError):
+            readable.append((path, read_header(path)))
+    used: set[str] = set()
+    for path, header in [(index_dir / METADATA, read_header(index_dir / METADATA)), *readable[:backups]]:
+        used.add(path.name)
         used |= {name for name, *_ in header["files"].values()} | {Path(header["model"]["folder"]).name}
     patterns = ("metadata-*.json", "embeddings-*.index", "keywords-*.sqlite", "encoder-*", "unfinished-*.npz", ".*.new")
     for path in sorted(path for pattern in patterns for path in index_dir.glob(pattern)):
@@ -450,7 +453,7 @@ def document_states(documents_root: Path, paths: list[Path]) -> dict[str, list]:
 def reasons_to_build(index_dir: Path, wanted: dict) -> list[str]:
     """Return in plain words how the index on disk differs from what it would hold if it were made now."""
     try:
-        before = read_header(index_dir / METADATA)
+        before, _ = read_metadata(index_dir / METADATA)
         for kind in before["files"]:
             checked_file(index_dir, before, kind)
     except UserError as error:
@@ -461,6 +464,8 @@ def reasons_to_build(index_dir: Path, wanted: dict) -> list[str]:
             found.append(f"{words} changed")
     if before["model"]["fingerprint"] != wanted["model"]["fingerprint"]:
         found.append("the model changed")
+    elif file_changed(onnx_file(index_dir / before["model"]["folder"]), before["model"]["onnx"]):
+        found.append("the model's ONNX form is gone or changed")
     old, new = before["documents"], wanted["documents"]
     for words, names in (
         ("added", [name for name in new if name not in old]),
@@ -508,7 +513,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     started = time.perf_counter()
     paths = find_documents(options.documents_root, options.documents or config.TARGET_DOCUMENTS)
-    restore_previous(Path(options.model))
+    if not options.check:
+        restore_previous(Path(options.model))
     model_folder, _ = find_model(options.model, config.BASE_MODEL_REVISION, fallback=False)
     wanted = {
         "documents_root": str(options.documents_root.resolve()),

@@ -24,7 +24,6 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import os
 import random
 import re
 import socket
@@ -248,8 +247,9 @@ def cut_passages(text: str, source_file: str, max_chars: int) -> list[Passage]:
 
 @functools.cache
 def markdown_parser() -> MarkdownIt:
-    # Indented code is off: real task lists are indented below headings and would all become code.
-    return MarkdownIt("commonmark").enable("table").disable(["code", "inline"])
+    # Indented code is off: real task lists are indented below headings and would all become code. So are link
+    # definitions: "[KM-1]: done" is text to most people.
+    return MarkdownIt("commonmark").enable("table").disable(["code", "reference", "inline"])
 
 
 def cut_sections(text: str, max_chars: int) -> Iterator[list[Block]]:
@@ -329,7 +329,9 @@ def cut_paragraph(text: str, start_line: int, heading: tuple[str, ...], max_char
 def cut_line(block: Block, max_chars: int) -> Iterator[Block]:
     """Cut a sentence or line that is longer than max_chars at spaces, and a word that is longer anywhere."""
     fits = len(block.text) <= max_chars
-    for piece in [block.text] if fits else textwrap.wrap(block.text, max_chars, replace_whitespace=False):
+    for piece in (
+        [block.text] if fits else textwrap.wrap(block.text, max_chars, replace_whitespace=False, expand_tabs=False)
+    ):
         yield Block(block.heading, block.start_line, block.end_line, piece)
 
 
@@ -708,7 +710,7 @@ def find_model(name: str, revision: str | None, fallback: bool) -> tuple[Path, s
     if name == "packaged":
         return packaged_model(), None
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return check_model(folder), None
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise UserError(f"no model at {name}; give a folder, a name on the hub such as {PACKAGED_MODEL}, or 'packaged'")
@@ -717,7 +719,7 @@ def find_model(name: str, revision: str | None, fallback: bool) -> tuple[Path, s
 
     with contextlib.suppress(LocalEntryNotFoundError, UserError):
         return check_model(Path(snapshot_download(name, revision=revision, local_files_only=True))), None
-    if not os.environ.get("HF_HUB_OFFLINE") and answers(constants.ENDPOINT):
+    if not constants.HF_HUB_OFFLINE and answers(constants.ENDPOINT):
         try:
             return check_model(Path(snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS))), None
         except (HfHubHTTPError, OSError) as error:

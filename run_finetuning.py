@@ -411,7 +411,7 @@ def choose_weights(model, base_weights: dict, choosing: HeldOut) -> tuple[float,
     for alpha in (0.0, 0.25, 0.5, 0.75, 1.0):
         set_alpha(alpha)
         scores[alpha] = float(gains(choosing.ranks(model))["nDCG@10"].mean())
-    best = max(scores, key=lambda alpha: (scores[alpha], alpha))
+    best = max(scores, key=lambda alpha: (scores[alpha], -alpha))
     set_alpha(best)
     return best, scores
 
@@ -483,7 +483,7 @@ def export_onnx(model, folder: Path, texts: list[str]) -> None:
         wanted = model.encode(texts, normalize_embeddings=True)
     model.to(device)
     worst = float((wanted * Encoder(folder).encode(texts)).sum(axis=1).min())
-    if worst < 1 - 1e-3:
+    if not worst >= 1 - 1e-3:  # nor if it is not a number
         raise UserError(f"ONNX and PyTorch disagree (cosine {worst:.4f}), so nothing is saved; try another base model")
 
 
@@ -540,7 +540,7 @@ def batches_of_similar_length(lengths: np.ndarray, batch_tokens: int) -> Iterato
 def model_fingerprint(folder: Path) -> str:
     """Return the SHA-256 over weights, tokenizer and configuration: what decides a text's embedding."""
     digest = hashlib.sha256()
-    names = ("*.safetensors", "tokenizer.json", "config.json", "modules.json", "1_*/config.json")
+    names = ("*.safetensors", "tokenizer.json", "config.json", "modules.json", "1_*/config.json", "onnx/model.onnx")
     for path in sorted(path for name in names for path in folder.glob(name)):
         digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
     return digest.hexdigest()
@@ -566,9 +566,11 @@ def plan_steps(pairs: int, seconds: float, budget_seconds: float, options: argpa
 
 
 def check_options(options: argparse.Namespace) -> None:
-    for name, low in (("epochs", 1), ("batch_size", 2), ("max_steps", 0), ("learning_rate", 0)):
-        if not getattr(options, name) >= low:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} is too low; the least is {low}")
+    for name, low, high in (("epochs", 1, 100), ("batch_size", 2, 65_536), ("max_steps", 0, 10**9)):
+        if not low <= getattr(options, name) <= high:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} is not from {low} to {high}")
+    if not 0 < options.learning_rate <= 1:
+        raise UserError(f"--learning-rate {options.learning_rate} is not above 0 and at most 1; try {2e-5}")
 
 
 def fine_tune(model, pairs: list[Pair], watched: HeldOut, budget_seconds: float, options: argparse.Namespace) -> dict:
@@ -608,12 +610,14 @@ def refuse_lesser_base(options: argparse.Namespace, note: str | None) -> None:
         )
 
 
-def evaluate_saved(options: argparse.Namespace, base_model, deciding: HeldOut) -> dict:
-    """Compare the saved model with the base on the half of the held-out queries that decides."""
+def evaluate_saved(options: argparse.Namespace, deciding: HeldOut) -> dict:
+    """Compare the saved model with the base it was tuned from, or --base-model, on the half that decides."""
     saved = load_model(options.model_dir, config.DEVICE)
-    saved_verdict = read_json(options.model_dir / "evaluation.json").get("comparison", {}).get("verdict")
-    ranks = deciding.ranks(base_model), deciding.ranks(saved)
-    return compare(deciding.queries, *ranks, saved_verdict == "kept-base", options.seed)
+    evaluation = read_json(options.model_dir / "evaluation.json")
+    name = options.base_model or evaluation.get("base", {}).get("used", config.BASE_MODEL)
+    base = load_model(find_model(name, config.BASE_MODEL_REVISION, fallback=False)[0], config.DEVICE)
+    kept_base = evaluation.get("comparison", {}).get("verdict") == "kept-base"
+    return compare(deciding.queries, deciding.ranks(base), deciding.ranks(saved), kept_base, options.seed)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -651,17 +655,17 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     check_options(options)
     restore_previous(options.model_dir)
+    held_out = HeldOut(read_queries(options.data_dir), read_corpus(options.data_dir))
+    deciding, watched = held_out.halves(config.WATCHED_PASSAGES, options.seed)
+    if options.evaluate_only:
+        print_comparison(evaluate_saved(options, deciding))
+        return
     wanted = options.base_model or config.BASE_MODEL
     base_folder, note = find_model(wanted, config.BASE_MODEL_REVISION, fallback=options.base_model is None)
     if note:
         warn(note)
     refuse_lesser_base(options, note)
-    held_out = HeldOut(read_queries(options.data_dir), read_corpus(options.data_dir))
-    deciding, watched = held_out.halves(config.WATCHED_PASSAGES, options.seed)
     model = load_model(base_folder, config.DEVICE)
-    if options.evaluate_only:
-        print_comparison(evaluate_saved(options, model, deciding))
-        return
     pairs = read_pairs(options.data_dir)
     base_ranks = deciding.ranks(model)
     evaluation_seconds = time.perf_counter() - started

@@ -24,6 +24,7 @@ import argparse
 import functools
 import json
 import math
+import re
 import shutil
 import sys
 import textwrap
@@ -37,6 +38,7 @@ from prepare_finetuning_data import plain_text, sentences, warn
 CANDIDATES = 200  # passages that each of the two arms puts up for the hybrid search
 MAX_QUERY_CHARS = 20_000
 MAX_QUERY_WORDS = 64
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # a document must not steer the terminal
 MAX_NEEDS = 16  # pieces that a long task description is searched in
 
 # ---------------------------------------------------------------------------------------- scores of passages
@@ -212,7 +214,7 @@ def print_results(results: list[dict]) -> None:
         print(f"{result['rank']}. {result['source_file']}:{result['start_line']}  ({result['score']:.3f})")
         if result["heading"]:
             print("   " + textwrap.shorten(result["heading"], width - 3, placeholder="…"))
-        text = textwrap.shorten(plain_text(result["text"]), 3 * (width - 3), placeholder=" …")
+        text = textwrap.shorten(CONTROL.sub("", plain_text(result["text"])), 3 * (width - 3), placeholder=" …")
         print(textwrap.fill(text, width, initial_indent="   ", subsequent_indent="   "))
         if result["also_in"]:
             print("   " + textwrap.shorten(f"also in {', '.join(result['also_in'])}", width - 3, placeholder="…"))

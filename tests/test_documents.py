@@ -172,7 +172,7 @@ def test_plain_text_has_no_marks_and_reads_items_and_table_rows_as_sentences():
     assert plain_text("- [x] done\n- item\n1. first\n\n> said") == "done. item. first. said."
     assert plain_text("<div>inner</div><!-- not\nthis --> a < b.") == "inner a < b."
     table = "| Görev ID | Durum |\n|---|:--:|\n| KM-2.1 | Sürüyor |\n| a \\| b | |"
-    assert plain_text(table) == "Görev ID: KM-2.1; Durum: Sürüyor. Görev ID: a | b"
+    assert plain_text(table) == "Görev ID: KM-2.1; Durum: Sürüyor. Görev ID: a | b."
 
 
 def test_sentences_joined_give_the_text_again_and_abbreviations_end_none():
