@@ -90,6 +90,21 @@ def test_the_tuned_model_loads_with_sentence_transformers_alone(chain):
     assert model.encode(["gece debisi"]).shape == (1, 384)
 
 
+def test_a_letter_that_breaks_words_is_read_plainly_by_whatever_loads_the_model(chain):
+    from sentence_transformers import SentenceTransformer
+
+    from run_finetuning import Encoder
+
+    assert json.loads((chain / "model" / "evaluation.json").read_text(encoding="utf-8"))["letters_read_plainly"] == [
+        "ı"
+    ]
+    model = SentenceTransformer(str(chain / "model"), device="cpu", local_files_only=True)
+    assert model.tokenizer.tokenize("kayıtlı") == model.tokenizer.tokenize("kayitli")
+    texts = ["Basınç kaydı kapalı vanada alınır.", "kayıtlı", "Iğdır"]
+    both = model.encode(texts, normalize_embeddings=True) * Encoder(chain / "model").encode(texts)
+    assert both.sum(axis=1).min() > 0.9999
+
+
 @pytest.mark.skipif(not ALT_LAS.is_dir(), reason="needs the ALT_LAS documents in ../shared/documents/alt_las")
 def test_all_documents_of_a_real_project_can_be_prepared(tmp_path):
     finished = run(

@@ -401,3 +401,9 @@ def test_the_sample_project_goes_through_all_four_scripts_on_a_machine_without_t
 
     found = sum(map(is_answered, asked, answers))
     assert found > len(asked) / 2, f"{found} of {len(asked)} questions find a file with their answer"
+
+
+def test_a_vocabulary_that_knows_turkish_letters_is_left_as_it_is(tiny_multilingual_model):
+    model = run_finetuning.load_model(tiny_multilingual_model, "cpu")
+    texts = [path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "tests/sample_project").rglob("*.md"))]
+    assert run_finetuning.mend_tokenizer(model, texts) == []
