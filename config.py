@@ -51,12 +51,12 @@ MAX_EVALUATION_QUERIES = 400
 BASE_MODEL = "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2"  # hub name, folder, or "packaged"
 BASE_MODEL_REVISION = None  # a commit of the hub's repository, or None for its newest
 LOSS = "mnrl"  # mnrl: in-batch negatives; triplet: hard negatives mined with the base model
-EPOCHS = 3  # 1 to 5
+EPOCHS = 2  # 1 to 5
 BATCH_SIZE = 32  # 16 to 32 on a CPU
 LEARNING_RATE = 2e-5
 TRAINING_TOKENS = 128  # texts are cut there while training; a shorter cut is faster, the saved window stays whole
 MAX_TRAINING_MINUTES = 20  # training and evaluation together; the schedule is shortened to fit
-WATCHED_PASSAGES = 1000  # how many passages the held-out queries are searched in while training
+WATCHED_PASSAGES = 500  # how many passages the held-out queries are searched in while training
 SEED = 42  # the same documents and seed give the same pairs and the same order of training
 DEVICE = None  # "cpu", "cuda", "mps", or None for the best one found
 
