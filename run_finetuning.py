@@ -75,6 +75,7 @@ def load_model(folder: Path, device: str | None):
 
 
 def quiet_libraries() -> None:
+    """Keep the libraries' progress bars and notes off the screen; this script has its own."""
     import datasets
     import transformers
 
@@ -154,6 +155,7 @@ class HeldOut:
         return HeldOut(self.queries[0::2], corpus), HeldOut(queries, watched)
 
     def evaluator(self):
+        """Return the queries as an InformationRetrievalEvaluator."""
         from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
         return InformationRetrievalEvaluator(
@@ -275,6 +277,7 @@ def training_columns(pairs: list[Pair], loss: str, model) -> dict[str, list[str]
 
 
 def mine_negatives(pairs: list[Pair], model) -> list[tuple[str, str, str]]:
+    """Return (anchor, positive, hard negative) for each pair that the model finds a hard negative for."""
     from datasets import Dataset
     from sentence_transformers.util import mine_hard_negatives
 
@@ -284,6 +287,7 @@ def mine_negatives(pairs: list[Pair], model) -> list[tuple[str, str, str]]:
 
 
 def make_loss(loss: str, model):
+    """Return the loss object: in-batch negatives (mnrl) or triplets with a cosine margin of 0.2."""
     from sentence_transformers.sentence_transformer.losses import (
         MultipleNegativesRankingLoss,
         TripletDistanceMetric,
@@ -317,14 +321,37 @@ def train(
         the history: dicts with step, loss and nDCG@10.
     """
     from datasets import Dataset
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-    from sentence_transformers.sentence_transformer.training_args import BatchSamplers
+    from sentence_transformers import SentenceTransformerTrainer
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     workspace = options.model_dir.with_name(f".{options.model_dir.name}.training")
+    evaluator = watched.evaluator() if watched.queries else None
+    if evaluator:
+        evaluator.write_predictions = evaluator.show_progress_bar = False
+    # The card's example, set here lest the trainer draw its own and print about it.
+    model.model_card_data.widget = [{"source_sentence": columns["anchor"][0], "sentences": columns["positive"][:3]}]
+    trainer = SentenceTransformerTrainer(
+        model,
+        training_arguments(workspace, options, steps, watching=bool(evaluator), on_cpu=model.device.type == "cpu"),
+        Dataset.from_dict(columns),
+        loss=make_loss(options.loss, model),
+        evaluator=evaluator,
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(progress_callback(steps))
+    trainer.train()
+    remove(workspace)
+    return history_of(trainer.state.log_history)
+
+
+def training_arguments(workspace: Path, options: argparse.Namespace, steps: int, watching: bool, on_cpu: bool):
+    """Return the trainer's settings: no text twice in a batch, warm-up, and the best of four checkpoints kept."""
+    from sentence_transformers import SentenceTransformerTrainingArguments
+    from sentence_transformers.sentence_transformer.training_args import BatchSamplers
+
     every = max(1, -(-steps // 4))
-    watching = bool(watched.queries)
-    arguments = SentenceTransformerTrainingArguments(
+    return SentenceTransformerTrainingArguments(
         output_dir=str(workspace),
         max_steps=steps,
         per_device_train_batch_size=options.batch_size,
@@ -342,20 +369,8 @@ def train(
         logging_steps=every,
         report_to="none",
         dataloader_pin_memory=False,
-        use_cpu=model.device.type == "cpu",
+        use_cpu=on_cpu,
     )
-    loss = make_loss(options.loss, model)
-    evaluator = watched.evaluator() if watching else None
-    if evaluator:
-        evaluator.write_predictions = False
-        evaluator.show_progress_bar = False
-    trainer = SentenceTransformerTrainer(model, arguments, Dataset.from_dict(columns), loss=loss, evaluator=evaluator)
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(progress_callback(steps))
-    trainer.train()
-    remove(workspace)
-    return history_of(trainer.state.log_history)
 
 
 def progress_callback(steps: int):
@@ -385,6 +400,7 @@ def progress_callback(steps: int):
 
 
 def history_of(log_history: list[dict]) -> list[dict]:
+    """Return the trainer's log as one dict a step: step, loss, held-out nDCG@10."""
     history: dict[int, dict] = {}
     for entry in log_history:
         row = history.setdefault(entry["step"], {"step": entry["step"]})
@@ -444,6 +460,7 @@ def save_model(model, folder: Path, evaluation: dict, texts: list[str]) -> None:
 
 
 def card_section(evaluation: dict) -> str:
+    """Return what the model card adds to Sentence Transformers' own: which base was used, and the verdict."""
     result = evaluation["comparison"]
     lines = ["\n## Fine-tuned on a project's own documents\n"]
     if evaluation["base"]["note"]:

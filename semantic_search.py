@@ -150,6 +150,7 @@ def search(index: Index, query: str, mode: str, top_k: int, semantic_weight: flo
 
 
 def make_results(index: Index, scores: dict[int, float], top_k: int) -> list[dict]:
+    """Return the top_k distinct texts of the scored passages as results."""
     results: dict[str, dict] = {}
     for place, score in sorted(scores.items(), key=lambda item: (-item[1], item[0])):
         passage = index.passages[place]
@@ -207,6 +208,7 @@ def share(semantic_weight: float | None, keyword_weight: float | None) -> float:
 
 
 def print_results(results: list[dict]) -> None:
+    """Print results for people: place, score, heading path, the beginning of the text."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 100
     if not results:
         print("nothing relevant found")

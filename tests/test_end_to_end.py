@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = [json.loads(line) for line in (ROOT / "tests" / "sample_questions.jsonl").open(encoding="utf-8")]
+pytestmark = pytest.mark.timeout(1500)  # real training and embedding
 SHORT = ("--base-model", "packaged", "--max-steps", "8")
 ALT_LAS = ROOT.parent / "shared" / "documents" / "alt_las"
 
