@@ -94,11 +94,11 @@ def task_scores(index: Index, task: str, count: int, semantic_weight: float) -> 
     """Return the hybrid scores of a task description, searched whole and need by need.
 
     A model reads only its window of a long text, and one vector blurs several needs: each passage gets its score for
-    the whole description and its best one for any single need.
+    the whole description and half its best one for a single need.
     """
     whole = hybrid_scores(index, task, count, semantic_weight)
     needs = split_needs(task)
-    if len(needs) < 2:
+    if len(needs) < 4:  # two or three sentences are one need more often than not
         return whole
     best: dict[int, float] = {}
     for need in needs:
