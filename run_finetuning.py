@@ -338,8 +338,11 @@ def train(
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(progress_callback(steps))
-    trainer.train()
-    remove(workspace)
+    remove(workspace)  # of a run that was killed
+    try:
+        trainer.train()
+    finally:
+        remove(workspace)
     return history_of(trainer.state.log_history)
 
 
