@@ -685,13 +685,15 @@ def main(argv: list[str] | None = None) -> None:
     if options.evaluate_only:
         print_comparison(evaluate_saved(options, deciding))
         return
+    pairs = read_pairs(options.data_dir)
     wanted = options.base_model or config.BASE_MODEL
     base_folder, note = find_model(wanted, config.BASE_MODEL_REVISION, fallback=options.base_model is None)
     if note:
         warn(note)
     refuse_lesser_base(options, note)
     model = load_model(base_folder, config.DEVICE)
-    pairs = read_pairs(options.data_dir)
+    searched = f"{len(deciding.queries)} held-out queries in {len(deciding.passages):,} passages"
+    print(f"searching {searched} with the base model", file=sys.stderr)
     base_ranks = deciding.ranks(model)
     evaluation_seconds = time.perf_counter() - started
     watching_share = 9 * len(watched.passages) / max(1, len(deciding.passages))  # 4 looks, 5 mixtures of weights

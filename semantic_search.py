@@ -242,7 +242,7 @@ def prompt(index: Index, options: argparse.Namespace) -> int:
         try:
             query = input("search> " if sys.stdout.isatty() else "")  # a file holds the answers alone
         except EOFError:
-            print()
+            print(file=sys.stderr)
             return found
         if not query.strip():
             return found
