@@ -1,6 +1,7 @@
-"""The four scripts in order, as a person runs them, with the packaged model on the sample project."""
+"""The four scripts in order, as a person runs them on the sample project where the hub does not answer."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -8,16 +9,23 @@ from pathlib import Path
 
 import pytest
 
+import config
+
 ROOT = Path(__file__).parent.parent
 QUESTIONS = [json.loads(line) for line in (ROOT / "tests" / "sample_questions.jsonl").open(encoding="utf-8")]
 pytestmark = pytest.mark.timeout(1500)  # real training and embedding
-SHORT = ("--base-model", "packaged", "--max-steps", "8")
+SHORT = ("--max-steps", "8")
 ALT_LAS = ROOT.parent / "shared" / "documents" / "alt_las"
 
 
-def run(script: str, *arguments: str | Path, lines: str = "") -> subprocess.CompletedProcess:
+def run(script: str, *arguments: str | Path, lines: str = "", **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, script, *map(str, arguments)], cwd=ROOT, input=lines, capture_output=True, encoding="utf-8"
+        [sys.executable, script, *map(str, arguments)],
+        cwd=ROOT,
+        input=lines,
+        capture_output=True,
+        encoding="utf-8",
+        env=os.environ | environment,
     )
 
 
@@ -25,14 +33,16 @@ def run(script: str, *arguments: str | Path, lines: str = "") -> subprocess.Comp
 def chain(tmp_path_factory) -> Path:
     """The sample project prepared, tuned for a few steps from the packaged model, and indexed."""
     folder = tmp_path_factory.mktemp("chain")
+    offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "", "HF_HOME": str(folder / "home")}
     for script, *arguments in (
         ("prepare_finetuning_data.py", "--data-dir", folder / "data"),
         ("run_finetuning.py", "--data-dir", folder / "data", "--model-dir", folder / "model", *SHORT),
         ("generate_embeddings.py", "--model", folder / "model", "--index-dir", folder / "index"),
     ):
-        finished = run(script, *arguments)
+        finished = run(script, *arguments, **offline)
         assert finished.returncode == 0, finished.stderr
         (folder / f"{script}.out").write_text(finished.stdout, encoding="utf-8")
+        (folder / f"{script}.err").write_text(finished.stderr, encoding="utf-8")
     return folder
 
 
@@ -70,6 +80,16 @@ def test_the_verdict_is_the_last_line_and_is_in_evaluation_json(chain):
     assert (comparison["verdict"], comparison["queries"]) == (verdict, int(queries))
     assert f"{comparison['base']['nDCG@10']:.3f}" == base
     assert f"{comparison['fine_tuned']['nDCG@10']:.3f}" == tuned
+
+
+def test_the_stand_in_for_the_configured_base_is_named_on_the_screen_in_the_evaluation_and_in_the_card(chain):
+    warnings = (chain / "run_finetuning.py.err").read_text(encoding="utf-8").splitlines()
+    (line,) = [line for line in warnings if line.startswith("warning: ")]
+    base = json.loads((chain / "model" / "evaluation.json").read_text(encoding="utf-8"))["base"]
+    assert (base["wanted"], base["used"]) == (config.BASE_MODEL, "packaged")
+    assert "Turkish" in line
+    assert base["note"] == line.removeprefix("warning: ")
+    assert base["note"] in (chain / "model" / "README.md").read_text(encoding="utf-8")
 
 
 def test_hybrid_search_answers_most_questions_of_the_sample_and_more_than_meaning_alone(chain):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, error_line, exit_status, run_script, start_script, wait_until
+from conftest import REPOSITORY, error_line, exit_status, start_script, wait_until
 
 import config
 import run_finetuning
@@ -368,39 +368,6 @@ def test_the_schedule_is_cut_to_the_time_that_is_left(capsys):
     assert "7 steps of 20 (config.MAX_TRAINING_MINUTES)" in capsys.readouterr().out
     assert run_finetuning.plan_steps(95, 1.0, -5.0, options) == 1
     assert run_finetuning.plan_steps(95, 1.0, 1000.0, argparse.Namespace(max_steps=3, batch_size=10, epochs=2)) == 3
-
-
-@pytest.mark.slow
-def test_the_sample_project_goes_through_all_four_scripts_on_a_machine_without_the_hub(tmp_path):
-    offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "", "HF_HOME": str(tmp_path / "home")}
-    data, model, index = tmp_path / "data", tmp_path / "model", tmp_path / "index"
-    for script, *arguments in (
-        ("prepare_finetuning_data.py", "--data-dir", data),
-        ("run_finetuning.py", "--data-dir", data, "--model-dir", model, "--max-steps", 20, "--batch-size", 16),
-        ("generate_embeddings.py", "--model", model, "--index-dir", index),
-    ):
-        done = run_script(script, *arguments, **offline)
-        assert done.returncode == 0, done.stderr
-        if script == "run_finetuning.py":
-            assert len([line for line in done.stderr.splitlines() if line.startswith("warning: wanted ")]) == 1
-            assert VERDICT.fullmatch(done.stdout.splitlines()[-1])
-    assert evaluation_of(model)["base"]["used"] == "packaged"
-    assert "Turkish" in evaluation_of(model)["base"]["note"]
-    assert evaluation_of(model)["base"]["note"] in (model / "README.md").read_text(encoding="utf-8")
-
-    questions = (REPOSITORY / "tests" / "sample_questions.jsonl").read_text(encoding="utf-8").splitlines()
-    asked = [json.loads(line) for line in questions]
-    lines = "\n".join(" ".join(one["query"].split()) for one in asked)
-    done = run_script("semantic_search.py", "--json", "--top-k", 10, "--index-dir", index, stdin=lines + "\n")
-    answers = [json.loads(line)["results"] for line in done.stdout.splitlines()]
-    assert len(answers) == len(asked) >= 60
-
-    def is_answered(one: dict, results: list[dict]) -> bool:
-        files = {name for result in results for name in (result["source_file"], *result["also_in"])}
-        return bool(files & {gold["file"] for gold in one["gold"]})
-
-    found = sum(map(is_answered, asked, answers))
-    assert found > len(asked) / 2, f"{found} of {len(asked)} questions find a file with their answer"
 
 
 def test_a_vocabulary_that_knows_turkish_letters_is_left_as_it_is(tiny_multilingual_model):
