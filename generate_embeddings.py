@@ -31,7 +31,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 import shutil
 import sqlite3
 import sys
@@ -53,12 +52,11 @@ from prepare_finetuning_data import (
     add_document_options,
     find_documents,
     find_model,
-    fold,
     read_passages,
     sha256_of,
     text_for_model,
 )
-from run_finetuning import Encoder, export_onnx, load_model, model_fingerprint
+from run_finetuning import Encoder, export_onnx, load_model, model_fingerprint, write_keywords
 
 FORMAT = 1
 METADATA = "metadata.json"
@@ -137,50 +135,6 @@ def load_encoder(model: dict, index_dir: Path) -> Encoder:
             " run generate_embeddings.py again (keyword search still works: --mode keyword)"
         )
     return Encoder(folder)
-
-
-# --------------------------------------------------------------------------------- keywords, SQLite FTS5
-
-WORD_OR_NAME = re.compile(r"[^\W_]+(?:[._/#:@+-]+[^\W_]+)*")
-WORD_PART = re.compile(r"[^\W_]+")
-CAMEL = re.compile(r"(?<=[a-zçğıöşü0-9])(?=[A-ZÇĞİÖŞÜ])")
-PREFIX_LETTERS = 6  # Turkish hangs its endings on the stem: the first letters are nearly always the stem
-
-
-def keyword_terms(text: str) -> tuple[list[str], list[str]]:
-    """Return the folded words of a text, whole names such as km-2.1 among them, and the words cut to their stems."""
-    exact: list[str] = []
-    stems: list[str] = []
-    for match in WORD_OR_NAME.finditer(text):
-        parts = WORD_PART.findall(CAMEL.sub(" ", match[0]))
-        if len(parts) > 1:
-            exact.append(re.sub(r"[\W_]+", "-", fold(match[0])))
-        for part in map(fold, parts):
-            exact.append(part)
-            stems.append(part[:PREFIX_LETTERS])
-    return exact, stems
-
-
-def write_keywords(path: Path, records: list[dict]) -> None:
-    """Write the FTS5 table keywords(heading, stems, exact): rowid i + 1 is records[i]."""
-    with sqlite3.connect(path) as database:
-        database.execute("PRAGMA journal_mode=OFF")
-        database.execute(
-            "CREATE VIRTUAL TABLE keywords USING fts5(heading, stems, exact, content='',"
-            " tokenize=\"unicode61 remove_diacritics 0 tokenchars '-'\")"
-        )
-        database.executemany(
-            "INSERT INTO keywords(rowid, heading, stems, exact) VALUES (?, ?, ?, ?)", keyword_rows(records)
-        )
-        database.execute("INSERT INTO keywords(keywords) VALUES ('optimize')")
-    database.close()
-
-
-def keyword_rows(records: list[dict]):
-    for row, record in enumerate(records, 1):
-        heading = " ".join(keyword_terms(" ".join(record["heading"]))[1])
-        exact, stems = keyword_terms(record["text"])
-        yield row, heading, " ".join(stems), " ".join(exact)
 
 
 # -------------------------------------------------------------------------------------------- the vectors
@@ -277,7 +231,7 @@ def commit(index_dir: Path, header: dict, records: list[dict], vectors: np.ndarr
     with replacing(files["embeddings"]) as temporary:
         write_vectors(temporary, vectors)
     with replacing(files["keywords"]) as temporary:
-        write_keywords(temporary, records)
+        write_keywords(temporary, ((" ".join(record["heading"]), record["text"]) for record in records)).close()
     header = {"format": FORMAT, "id": identity, "created": datetime.now(UTC).isoformat(timespec="seconds"), **header}
     header["dimensions"] = int(vectors.shape[1])
     header["files"] = {kind: [path.name, path.stat().st_size, sha256_of(path)] for kind, path in files.items()}

@@ -21,14 +21,17 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import random
+import re
+import sqlite3
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -246,6 +249,85 @@ def print_comparison(result: dict) -> None:
         f"VERDICT {result['verdict']} nDCG@10 {result['base']['nDCG@10']:.3f} -> {result['fine_tuned']['nDCG@10']:.3f}"
         f" ({result['difference']:+.3f}, 95% CI {low:+.3f}..{high:+.3f}, {result['queries']} queries)"
     )
+
+
+# ------------------------------------------------------------------- scores by words (SQLite FTS5), and by both
+
+WORD_OR_NAME = re.compile(r"[^\W_]+(?:[._/#:@+-]+[^\W_]+)*")
+WORD_PART = re.compile(r"[^\W_]+")
+CAMEL = re.compile(r"(?<=[a-zçğıöşü0-9])(?=[A-ZÇĞİÖŞÜ])")
+MAX_QUERY_WORDS = 64
+PREFIX_LETTERS = 6  # Turkish hangs its endings on the stem: the first letters are nearly always the stem
+
+
+def keyword_terms(text: str) -> tuple[list[str], list[str]]:
+    """Return the folded words of a text, whole names such as km-2.1 among them, and the words cut to their stems."""
+    exact: list[str] = []
+    stems: list[str] = []
+    for match in WORD_OR_NAME.finditer(text):
+        parts = WORD_PART.findall(CAMEL.sub(" ", match[0]))
+        if len(parts) > 1:
+            exact.append(re.sub(r"[\W_]+", "-", fold(match[0])))
+        for part in map(fold, parts):
+            exact.append(part)
+            stems.append(part[:PREFIX_LETTERS])
+    return exact, stems
+
+
+def write_keywords(path: Path | str, passages: Iterable[tuple[str, str]]) -> sqlite3.Connection:
+    """Write the FTS5 table keywords(heading, stems, exact) of (heading, text) passages; rowid i + 1 is passage i."""
+    database = sqlite3.connect(path)
+    with database:
+        database.execute("PRAGMA journal_mode=OFF")
+        database.execute(
+            "CREATE VIRTUAL TABLE keywords USING fts5(heading, stems, exact, content='',"
+            " tokenize=\"unicode61 remove_diacritics 0 tokenchars '-'\")"
+        )
+        database.executemany(
+            "INSERT INTO keywords(rowid, heading, stems, exact) VALUES (?, ?, ?, ?)", keyword_rows(passages)
+        )
+        database.execute("INSERT INTO keywords(keywords) VALUES ('optimize')")
+    return database
+
+
+def keyword_rows(passages: Iterable[tuple[str, str]]) -> Iterator[tuple[int, str, str, str]]:
+    for row, (heading, text) in enumerate(passages, 1):
+        exact, stems = keyword_terms(text)
+        yield row, " ".join(keyword_terms(heading)[1]), " ".join(stems), " ".join(exact)
+
+
+def keyword_scores(database: sqlite3.Connection, query: str, count: int) -> dict[int, float]:
+    """Return the BM25 scores (SQLite FTS5; higher is better) of the best passages, by their place."""
+    exact, stems = (list(dict.fromkeys(words))[:MAX_QUERY_WORDS] for words in keyword_terms(query))
+    if not exact:
+        return {}
+    stems_match, exact_match = (" OR ".join(f'"{word}"' for word in words) for words in (stems, exact))
+    rows = database.execute(
+        "SELECT rowid, -rank FROM keywords WHERE keywords MATCH ? ORDER BY rank LIMIT ?",
+        (f"{{heading stems}}: ({stems_match}) OR exact: ({exact_match})", count),
+    )
+    return {row - 1: score for row, score in rows}
+
+
+def combined_scores(
+    meaning: dict[int, float], words: dict[int, float], mean: float, deviation: float, semantic_weight: float
+) -> dict[int, float]:
+    """Return the weighted sum of both standard scores for each passage of meaning, which holds all of words.
+
+    The mean and deviation of the similarities are those over the whole index, so that a query which nothing is near
+    to leaves the order to its words; a passage that holds none of the words has the keyword score 0.
+    """
+    words = standard_scores({place: words.get(place, 0.0) for place in meaning})
+    return {
+        place: semantic_weight * (meaning[place] - mean) / (deviation or 1.0) + (1 - semantic_weight) * words[place]
+        for place in meaning
+    }
+
+
+def standard_scores(scores: dict[int, float]) -> dict[int, float]:
+    mean = sum(scores.values()) / max(1, len(scores))
+    deviation = math.sqrt(sum((score - mean) ** 2 for score in scores.values()) / max(1, len(scores))) or 1.0
+    return {place: (score - mean) / deviation for place, score in scores.items()}
 
 
 # ---------------------------------------------------------------------------------------------- training

@@ -32,12 +32,12 @@ from pathlib import Path
 
 import config
 from config import UserError
-from generate_embeddings import Index, keyword_terms, load_index
+from generate_embeddings import Index, load_index
 from prepare_finetuning_data import plain_text, sentences, warn
+from run_finetuning import combined_scores, keyword_scores
 
 CANDIDATES = 200  # passages that each of the two arms puts up for the hybrid search
 MAX_QUERY_CHARS = 20_000
-MAX_QUERY_WORDS = 64
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # a document must not steer the terminal
 MAX_NEEDS = 16  # pieces that a long task description is searched in
 
@@ -50,44 +50,16 @@ def semantic_scores(index: Index, query: str, count: int) -> dict[int, float]:
     return {int(place): float(score) for place, score in zip(places[0], scores[0], strict=True) if place >= 0}
 
 
-def keyword_scores(index: Index, query: str, count: int) -> dict[int, float]:
-    """Return the BM25 scores (SQLite FTS5; higher is better) of the best passages, by place in index.passages."""
-    exact, stems = (list(dict.fromkeys(words))[:MAX_QUERY_WORDS] for words in keyword_terms(query))
-    if not exact:
-        return {}
-    stems_match, exact_match = (" OR ".join(f'"{word}"' for word in words) for words in (stems, exact))
-    rows = index.keywords.execute(
-        "SELECT rowid, -rank FROM keywords WHERE keywords MATCH ? ORDER BY rank LIMIT ?",
-        (f"{{heading stems}}: ({stems_match}) OR exact: ({exact_match})", count),
-    )
-    return {row - 1: score for row, score in rows}
-
-
 def hybrid_scores(index: Index, query: str, count: int, semantic_weight: float) -> dict[int, float]:
-    """Return the weighted sum of both arms' standard scores for the best `count` passages of each.
-
-    The mean and deviation of the similarities are those over the whole index, so that a query which nothing is near
-    to leaves the order to its words; a passage that holds none of the words has the keyword score 0.
-    """
-    words = keyword_scores(index, query, count)
+    """Return combined_scores of the best `count` passages of each arm, by place in index.passages."""
+    words = keyword_scores(index.keywords, query, count)
     vector = index.encoder.encode([query])
     scores, places = index.vectors.search(vector, min(count, len(index.passages)))
     meaning = {int(place): float(score) for place, score in zip(places[0], scores[0], strict=True) if place >= 0}
     if lost := [place for place in words if place not in meaning]:
         meaning |= zip(lost, (index.vectors.reconstruct_batch(lost) @ vector[0]).tolist(), strict=True)
     background = index.sample_vectors @ vector[0]
-    mean, deviation = float(background.mean()), float(background.std()) or 1.0
-    words = standard_scores({place: words.get(place, 0.0) for place in meaning})
-    return {
-        place: semantic_weight * (meaning[place] - mean) / deviation + (1 - semantic_weight) * words[place]
-        for place in meaning
-    }
-
-
-def standard_scores(scores: dict[int, float]) -> dict[int, float]:
-    mean = sum(scores.values()) / max(1, len(scores))
-    deviation = math.sqrt(sum((score - mean) ** 2 for score in scores.values()) / max(1, len(scores))) or 1.0
-    return {place: (score - mean) / deviation for place, score in scores.items()}
+    return combined_scores(meaning, words, float(background.mean()), float(background.std()), semantic_weight)
 
 
 def task_scores(index: Index, task: str, count: int, semantic_weight: float) -> dict[int, float]:
@@ -141,7 +113,7 @@ def search(index: Index, query: str, mode: str, top_k: int, semantic_weight: flo
     if mode == "semantic":
         scores = semantic_scores(index, query, candidates)
     elif mode == "keyword":
-        scores = keyword_scores(index, query, candidates)
+        scores = keyword_scores(index.keywords, query, candidates)
     else:
         score = task_scores if mode == "task" else hybrid_scores
         combined = score(index, query, candidates, semantic_weight)

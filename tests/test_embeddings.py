@@ -17,8 +17,9 @@ from conftest import REPOSITORY, error_line, exit_status, start_script, wait_unt
 import config
 import generate_embeddings
 import semantic_search
-from generate_embeddings import keyword_terms, load_index
+from generate_embeddings import load_index
 from prepare_finetuning_data import text_for_model
+from run_finetuning import keyword_terms
 
 MODES = ["semantic", "keyword", "hybrid", "task"]
 

@@ -16,7 +16,8 @@ from conftest import REPOSITORY, error_line, exit_status, run_script, write_docu
 import config
 import generate_embeddings
 import semantic_search
-from semantic_search import share, split_needs, standard_scores
+from run_finetuning import standard_scores
+from semantic_search import share, split_needs
 
 MODES = ["semantic", "keyword", "hybrid", "task"]
 RESULT_KEYS = {
