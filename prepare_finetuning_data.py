@@ -24,6 +24,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import posixpath
 import random
 import re
 import socket
@@ -120,6 +121,11 @@ HTML_TAG = re.compile(
     re.I | re.S,
 )
 LINK = re.compile(r"!?\[([^\]\[]*)\]\([^()\s]*(?:\s[^()]*)?\)")
+LINK_TARGET = re.compile(r"(?<!!)\[([^\]\[]+)\]\(<?([^()\s>]+)")
+SET_OFF = re.compile(r"\*\*([^*\n]{4,60})\*\*|`([^`\n]{4,40})`")
+CODE_NAME = re.compile(
+    r"(?<![\w-])(?=[\w./#-]*[A-Za-z])(?=[\w./#-]*(?:\d|[a-z][A-Z]|\w[-_/]\w))[\w#][\w./#-]{3,39}(?<![./-])"
+)
 EMPHASIS = re.compile(r"\*+(?=[\w\"'(\[`])|(?<=[\w.!?:;,)\"'\]%…])\*+|(?<!\w)_+|_+(?!\w)")
 SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[^\W_a-zçğıöşü])")
 ABBREVIATION = re.compile(r"\b(?:vb|vs|örn|bkz|dr|prof|doç|av|no|nr|yy|md|mrs?|ms|e\.g|i\.e|cf|fig|\d{1,2})\.$", re.I)
@@ -425,13 +431,17 @@ def split_documents(passages: list[Passage], family: dict[str, str], share: floa
 
 
 class Pair(NamedTuple):
-    """A row of training_data.tsv; negative is "" where there is none."""
+    """A row of training_data.tsv; negative is "" where there is none.
+
+    section: the heading path of the section the pair was made from; training keeps pairs of one section apart.
+    """
 
     anchor: str
     positive: str
     negative: str
     strategy: str
     source_file: str
+    section: str = ""
 
 
 class Query(NamedTuple):
@@ -453,51 +463,59 @@ class CorpusPassage(NamedTuple):
 class Section(NamedTuple):
     """What the strategies read: one section without its template lines and too short texts."""
 
-    heading: tuple[str, ...]  # () where the last heading is a template's
+    source_file: str
+    path: tuple[str, ...]
+    heading: tuple[str, ...]  # the path, or () where the last heading is a template's
     passages: list[tuple[tuple[str, ...], str]]  # each with its own heading path
     paragraphs: list[str]
+    blocks: list[str]  # the Markdown of the paragraphs
 
 
 def usable_sections(passages: list[Passage], templates: set[str], min_words: int = 3) -> list[Section]:
-    """Return the sections of consecutive passages of one document, less template lines and very short blocks."""
+    """Return the sections of consecutive passages, less template lines and very short blocks."""
     result = []
-    for _, group in itertools.groupby(passages, key=lambda passage: passage.section):
+    for (source_file, _), group in itertools.groupby(passages, key=lambda one: (one.source_file, one.section)):
         members = list(group)
-        heading = members[0].heading
-        if heading and template_key(heading[-1]) in templates:
-            heading = ()
+        path = members[0].heading
+        heading = () if path and template_key(path[-1]) in templates else path
         kept: list[tuple[tuple[str, ...], str]] = []
-        paragraphs: list[str] = []
+        usable: list[tuple[str, str]] = []
         for passage in members:
-            texts = [plain_text(block) for block in passage.blocks]
-            own = [text for text in texts if template_key(text) not in templates]
-            paragraphs += [text for text in own if len(WORD.findall(text)) >= min_words]
-            kept.append((passage.heading if heading else passage.heading[:-1], " ".join(own)))
-        if paragraphs:
-            result.append(Section(heading, kept, paragraphs))
+            texts = [(plain_text(block), block) for block in passage.blocks]
+            own = [(text, block) for text, block in texts if template_key(text) not in templates]
+            usable += [(text, block) for text, block in own if len(WORD.findall(text)) >= min_words]
+            kept.append((passage.heading if heading else passage.heading[:-1], " ".join(text for text, _ in own)))
+        if usable:
+            paragraphs, blocks = (list(column) for column in zip(*usable, strict=True))
+            result.append(Section(source_file, path, heading, kept, paragraphs, blocks))
     return result
 
 
-def neighbour_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Iterator[tuple[str, str]]:
+Made = Iterator[tuple[Section, str, str]]  # the section, the anchor, the positive
+
+
+def neighbour_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Made:
     """A paragraph and the next one of its document."""
-    yield from itertools.pairwise(text for section in sections for text in section.paragraphs)
+    for _, document in itertools.groupby(sections, key=lambda section: section.source_file):
+        texts = [(section, text) for section in document for text in section.paragraphs]
+        yield from ((section, text, following) for (section, text), (_, following) in itertools.pairwise(texts))
 
 
-def section_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Iterator[tuple[str, str]]:
+def section_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Made:
     """Paragraphs under one heading with each other, at most max_pairs a section."""
     for section in sections:
         count = len(section.paragraphs)
         choices = list(itertools.islice(itertools.combinations(range(count), 2), 10_000))
         for i, j in sorted(rng.sample(choices, min(max_pairs, len(choices)))):
-            yield section.paragraphs[i], section.paragraphs[j]
+            yield section, section.paragraphs[i], section.paragraphs[j]
 
 
-def heading_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Iterator[tuple[str, str]]:
+def heading_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Made:
     """The heading with its document's title, and a paragraph below it."""
     for section in sections:
         if section.heading:
             anchor = heading_query(section.heading)
-            yield from ((anchor, paragraph) for paragraph in section.paragraphs[:max_pairs])
+            yield from ((section, anchor, paragraph) for paragraph in section.paragraphs[:max_pairs])
 
 
 def heading_query(heading: tuple[str, ...]) -> str:
@@ -506,11 +524,12 @@ def heading_query(heading: tuple[str, ...]) -> str:
     return f"{heading[0]} {heading[-1]}" if short else heading[-1]
 
 
-def sentence_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Iterator[tuple[str, str]]:
+def sentence_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Made:
     """A sentence and the rest of its passage (inverse cloze task; Lee, Chang and Toutanova, ACL 2019), up to 3 each."""
     for section in sections:
         drawn = (take_sentences(heading, text, 3, rng) for heading, text in section.passages)
-        yield from itertools.islice(itertools.chain.from_iterable(drawn), max_pairs)
+        made = itertools.islice(itertools.chain.from_iterable(drawn), max_pairs)
+        yield from ((section, sentence, rest) for sentence, rest in made)
 
 
 def take_sentences(
@@ -524,11 +543,81 @@ def take_sentences(
     return [(pieces[i], text_for_model(heading, " ".join(pieces[:i] + pieces[i + 1 :]))) for i in chosen]
 
 
-STRATEGIES: dict[str, Callable[[list[Section], int, random.Random], Iterator[tuple[str, str]]]] = {
+def row_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Made:
+    """A table row's longest cell, and its other cells with the names of their columns below the heading path."""
+    for section in sections:
+        rows = [row for block in section.blocks for row in table_rows(block) if len(row) > 1]
+        for row in rows[:max_pairs]:
+            longest = max(row, key=lambda named: len(named[1]))
+            rest = "; ".join(f"{name}: {cell}" for name, cell in row if (name, cell) != longest)
+            yield section, plain_text(longest[1]), text_for_model(section.path, rest)
+
+
+def table_rows(markdown: str) -> Iterator[list[tuple[str, str]]]:
+    """Yield the rows of a table as (column's name, cell) without the empty cells."""
+    lines = markdown.split("\n")
+    if len(lines) > 2 and "|" in lines[0] and TABLE_RULE.fullmatch(lines[1]):
+        for line in lines[2:]:
+            cells = itertools.zip_longest(table_cells(lines[0]), table_cells(line), fillvalue="")
+            yield [(name, cell) for name, cell in cells if cell]
+
+
+def term_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Made:
+    """An ID, code name or set-off term, and the passage that holds it, where no other section holds it."""
+    terms = [sorted({term for block in section.blocks for term in find_terms(block)}) for section in sections]
+    holders = Counter(itertools.chain.from_iterable(terms))
+    for section, own in zip(sections, terms, strict=True):
+        for term in [term for term in own if holders[term] == 1][:max_pairs]:
+            for heading, text in section.passages:
+                if term in text:
+                    yield section, term, text_for_model(heading, text)
+                    break
+
+
+def find_terms(markdown: str) -> list[str]:
+    """Return the IDs and code names of a text, and what is set in bold or as code in it, up to four words each."""
+    set_off = (plain_text(bold or code) for bold, code in SET_OFF.findall(markdown))
+    named = [term.rstrip(" :.") for term in set_off if 3 < len(term) <= 40 and len(term.split()) <= 4]
+    return [*CODE_NAME.findall(plain_text(markdown)), *named]
+
+
+def list_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Made:
+    """A line that ends with a colon, and the list or table below it."""
+    for section in sections:
+        for i, j in itertools.pairwise(range(len(section.blocks))):
+            if section.paragraphs[i].endswith(":") and re.match(r"\s*(?:[-*+]|\d{1,3}[.)]|\|)\s", section.blocks[j]):
+                yield section, section.paragraphs[i].rstrip(": "), text_for_model(section.heading, section.blocks[j])
+
+
+def link_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Made:
+    """The words of a link to a document or heading of the project, and the beginning of what it leads to."""
+    targets: dict[tuple[str, str], Section] = {}
+    for section in sections:
+        targets.setdefault((section.source_file, ""), section)
+        targets.setdefault((section.source_file, slug(section.path[-1] if section.path else "")), section)
+    for section in sections:
+        for words, address in (found for block in section.blocks for found in LINK_TARGET.findall(block)):
+            path, _, anchor = urllib.parse.unquote(address).partition("#")
+            file = posixpath.normpath(posixpath.join(posixpath.dirname(section.source_file), path))
+            target = targets.get((file if path else section.source_file, slug(anchor)))
+            if target is not None and target is not section and len(plain_text(words)) > 3:
+                yield section, plain_text(words), text_for_model(target.path, target.paragraphs[0])
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, as web views of Markdown make it, without diacritics."""
+    return re.sub(r"[^\w-]", "", fold(heading).replace(" ", "-"))
+
+
+STRATEGIES: dict[str, Callable[[list[Section], int, random.Random], Made]] = {
     "neighbours": neighbour_pairs,
     "section": section_pairs,
     "heading": heading_pairs,
     "sentence": sentence_pairs,
+    "row": row_pairs,
+    "term": term_pairs,
+    "list": list_pairs,
+    "link": link_pairs,
 }
 
 
@@ -549,10 +638,9 @@ def make_pairs(
         own = shingles(text)
         return len(own & held_out_shingles) > len(own) / 3
 
-    documents = itertools.groupby(passages, key=lambda passage: passage.source_file)
-    sections = {name: usable_sections(list(group), templates) for name, group in documents if name not in held_out}
-    blocks = sum(len(passage.blocks) for passage in passages if passage.source_file not in held_out)
-    usable = sum(len(section.paragraphs) for document in sections.values() for section in document)
+    training = [passage for passage in passages if passage.source_file not in held_out]
+    sections = usable_sections(training, templates)
+    blocks, usable = sum(len(one.blocks) for one in training), sum(len(one.blocks) for one in sections)
     dropped = {
         "blocks that are template lines or too short": blocks - usable,
         "repeated pairs": 0,
@@ -561,17 +649,16 @@ def make_pairs(
     pairs: list[Pair] = []
     seen: set[tuple[str, ...]] = set()
     for strategy in dict.fromkeys(strategies):
-        for source_file, document in sections.items():
-            rng = random.Random(f"{seed} {strategy} {source_file}")
-            for anchor, positive in STRATEGIES[strategy](document, max_pairs, rng):
-                key = tuple(sorted((fold(anchor), fold(positive))))
-                if key in seen or key[0] == key[1]:
-                    dropped["repeated pairs"] += 1
-                elif leaks(anchor) or leaks(positive):
-                    dropped["pairs with held-out text"] += 1
-                else:
-                    seen.add(key)
-                    pairs.append(Pair(anchor, positive, "", strategy, source_file))
+        rng = random.Random(f"{seed} {strategy}")
+        for section, anchor, positive in STRATEGIES[strategy](sections, max_pairs, rng):
+            key = tuple(sorted((fold(anchor), fold(positive))))
+            if key in seen or key[0] == key[1]:
+                dropped["repeated pairs"] += 1
+            elif leaks(anchor) or leaks(positive):
+                dropped["pairs with held-out text"] += 1
+            else:
+                seen.add(key)
+                pairs.append(Pair(anchor, positive, "", strategy, section.source_file, " > ".join(section.path)))
     return pairs, dropped
 
 
@@ -583,10 +670,6 @@ def as_input_examples(pairs: Iterable[Pair]) -> list:
 
 
 # ------------------------------------------------------------------------------------ held-out queries
-
-CODE_NAME = re.compile(
-    r"(?<![\w-])(?=[\w./#-]*[A-Za-z])(?=[\w./#-]*(?:\d|[a-z][A-Z]|\w[-_/]\w))[\w#][\w./#-]{3,39}(?<![./-])"
-)
 
 
 def make_queries(
@@ -668,7 +751,7 @@ def read_tsv(path: Path, row_type: type, may_be_empty: bool = False) -> list:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 at byte {error.start}; {remake}") from None
     rows = [line.split("\t") for line in text.removesuffix("\n").split("\n")]
-    columns = row_type._fields
+    columns = [name for name in row_type._fields if name in rows[0] or name not in row_type._field_defaults]
     if missing := [name for name in columns if name not in rows[0]]:
         raise UserError(f"{path}: no column {missing[0]!r} in line 1; {remake}")
     places = [rows[0].index(name) for name in columns]
