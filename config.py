@@ -41,11 +41,13 @@ MAX_PASSAGE_CHARS = 600  # longer blocks are cut at sentence ends; about one win
 MAX_DOCUMENT_MB = 20  # larger files are skipped with a warning
 
 # ---------------------------------------------------------------------------------------------- pairs
-PAIR_STRATEGIES = ["heading", "sentence"]  # any of: neighbours, section, heading, sentence
+PAIR_STRATEGIES = ["heading", "sentence"]  # also: neighbours, section, row, term, list, link (see README.md)
 MAX_PAIRS_PER_SECTION = 24  # of one strategy, so that a long list does not swamp the rest
 TEMPLATE_DOCUMENTS = 4  # a text found in this many unrelated documents is a template line: never trained on
 EVALUATION_SHARE = 0.2  # share of the passages, by whole documents, that training never sees
 MAX_EVALUATION_QUERIES = 400
+QUESTION_WEIGHT = 3  # a labelled question (questions.tsv) is trained on as often as this many other pairs
+MAX_QUESTION_CANDIDATES = 200  # how many questions --suggest-questions suggests at once
 
 # ------------------------------------------------------------------------------------------- training
 BASE_MODEL = "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2"  # hub name, folder, or "packaged"

@@ -10,11 +10,14 @@
     python prepare_finetuning_data.py --documents-root ~/project --documents 'docs/**/*.md'
 
 Files written to config.FINE_TUNING_DATA_DIR (UTF-8; TSV with a header line, one row a line, no quoting):
-    training_data.tsv    anchor, positive, negative (may be empty), strategy, source_file
+    training_data.tsv    anchor, positive, negative (may be empty), strategy, source_file, section
     evaluation_data.tsv  query, positive, strategy, source_file: made from whole documents that training never sees
     corpus.tsv           passage, source_file: every passage that the held-out queries are searched in, as the model
                          reads it; each positive of evaluation_data.tsv is one of them
     data_report.json     the figures that are printed
+Files read there where they exist, tab-separated with a header line:
+    questions.tsv            question, passage (the text that answers it, or file:line): written by a person
+    question_candidates.tsv  accept, question, passage, source_file: from --suggest-questions, marked by a person
 """
 
 import argparse
@@ -24,6 +27,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import os
 import posixpath
 import random
 import re
@@ -32,6 +36,7 @@ import sys
 import textwrap
 import unicodedata
 import urllib.parse
+import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -122,6 +127,7 @@ HTML_TAG = re.compile(
 )
 LINK = re.compile(r"!?\[([^\]\[]*)\]\([^()\s]*(?:\s[^()]*)?\)")
 LINK_TARGET = re.compile(r"(?<!!)\[([^\]\[]+)\]\(<?([^()\s>]+)")
+DEFINED = re.compile(r"^\s*(?:[-*+]\s+)?\*\*([^*\n]{3,60}?)\s*(?::\*\*|\*\*\s*[:–—])(?=(?:\s+\S+){5})", re.M)
 SET_OFF = re.compile(r"\*\*([^*\n]{4,60})\*\*|`([^`\n]{4,40})`")
 CODE_NAME = re.compile(
     r"(?<![\w-])(?=[\w./#-]*[A-Za-z])(?=[\w./#-]*(?:\d|[a-z][A-Z]|\w[-_/]\w))[\w#][\w./#-]{3,39}(?<![./-])"
@@ -559,7 +565,8 @@ def table_rows(markdown: str) -> Iterator[list[tuple[str, str]]]:
     if len(lines) > 2 and "|" in lines[0] and TABLE_RULE.fullmatch(lines[1]):
         for line in lines[2:]:
             cells = itertools.zip_longest(table_cells(lines[0]), table_cells(line), fillvalue="")
-            yield [(name, cell) for name, cell in cells if cell]
+            if row := [(name, cell) for name, cell in cells if cell]:
+                yield row
 
 
 def term_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Made:
@@ -652,7 +659,7 @@ def make_pairs(
         rng = random.Random(f"{seed} {strategy}")
         for section, anchor, positive in STRATEGIES[strategy](sections, max_pairs, rng):
             key = tuple(sorted((fold(anchor), fold(positive))))
-            if key in seen or key[0] == key[1]:
+            if key in seen or key[0] == key[1] or not key[0]:
                 dropped["repeated pairs"] += 1
             elif leaks(anchor) or leaks(positive):
                 dropped["pairs with held-out text"] += 1
@@ -673,35 +680,50 @@ def as_input_examples(pairs: Iterable[Pair]) -> list:
 
 
 def make_queries(
-    passages: list[Passage], held_out: set[str], templates: set[str], max_queries: int, seed: int
+    passages: list[Passage],
+    held_out: set[str],
+    templates: set[str],
+    labelled: list[tuple[str, Passage]],
+    max_queries: int,
+    seed: int,
 ) -> tuple[list[Query], list[CorpusPassage]]:
     """Make queries out of held-out passages, as people search, by turns of three kinds; return them and the corpus.
 
-    heading: the heading of the passage; sentence: a sentence out of it; term: an ID or code name that only this
-    passage holds. A heading or sentence is taken out of its passage in the corpus, and near-copies of a passage that
-    is asked for are left out of it, so that a query finds neither itself nor a twin of its answer.
+    heading: the heading of the passage; sentence: a sentence out of it; term: an ID, code name or set-off term that at
+    most three passages hold. People's labelled questions come first. A heading or sentence is taken out of its passage
+    in the corpus, and near-copies of a passage that is asked for, and other holders of a term, are left out of it, so
+    that a query finds neither itself nor a second right answer.
     """
     rng = random.Random(seed)
     distinct = list({(passage.heading, passage.text): passage for passage in reversed(passages)}.values())[::-1]
-    holders = Counter(term for passage in distinct for term in sorted(set(CODE_NAME.findall(plain_text(passage.text)))))
-    drawn = [passage for passage in distinct if passage.source_file in held_out]
-    rng.shuffle(drawn)
-    kinds = [("heading", ask_heading), ("sentence", ask_sentence), ("term", ask_term)]
+    holders: dict[str, list[Passage]] = defaultdict(list)
+    for passage in distinct:
+        for term in dict.fromkeys(find_terms(passage.text)):
+            holders[term].append(passage)
     queries: list[Query] = []
     in_corpus: dict[Passage, str | None] = {}
-    asked: set[str] = set()
     asked_shingles: set[int] = set()
+    for question, passage in labelled:
+        if passage.source_file in held_out and len(queries) < max_queries / 2:
+            queries.append(Query(question, " ".join(passage.model_text.split()), "question", passage.source_file))
+            in_corpus[passage] = queries[-1].positive
+            asked_shingles |= shingles(passage.text)
+    asked = {fold(query.query) for query in queries}
+    drawn = [passage for passage in distinct if passage.source_file in held_out and passage not in in_corpus]
+    rng.shuffle(drawn)
+    kinds = [("heading", ask_heading), ("sentence", ask_sentence), ("term", ask_term)]
     for passage in drawn:
         own = shingles(passage.text)
-        if len(own & asked_shingles) > len(own) / 2:
-            in_corpus[passage] = None
+        if passage in in_corpus or len(own & asked_shingles) > len(own) / 2:
+            in_corpus.setdefault(passage, None)
             continue
         turn = len(queries) % len(kinds)
         for kind, ask in kinds[turn:] + kinds[:turn] if len(queries) < max_queries else []:
             made = ask(passage, templates, holders, rng)
-            if made is not None and fold(made[0]) not in asked:
+            others = [other for other in holders[made[0]] if other is not passage] if made and kind == "term" else []
+            if made and fold(made[0]) not in asked and not any(in_corpus.get(other) for other in others):
                 queries.append(Query(*(" ".join(text.split()) for text in made), kind, passage.source_file))
-                in_corpus[passage] = queries[-1].positive
+                in_corpus |= dict.fromkeys(others) | {passage: queries[-1].positive}
                 asked.add(fold(made[0]))
                 asked_shingles |= own
                 break
@@ -711,20 +733,224 @@ def make_queries(
     ]
 
 
-def ask_heading(passage: Passage, templates: set[str], holders: Counter, rng: random.Random) -> tuple[str, str] | None:
+Holders = dict[str, list[Passage]]
+
+
+def ask_heading(passage: Passage, templates: set[str], holders: Holders, rng: random.Random) -> tuple[str, str] | None:
     if len(passage.heading) < 2 or template_key(passage.heading[-1]) in templates:
         return None
     return heading_query(passage.heading), text_for_model(passage.heading[:-1], passage.text)
 
 
-def ask_sentence(passage: Passage, templates: set[str], holders: Counter, rng: random.Random) -> tuple[str, str] | None:
+def ask_sentence(passage: Passage, templates: set[str], holders: Holders, rng: random.Random) -> tuple[str, str] | None:
     taken = take_sentences(passage.heading, plain_text(passage.text), 1, rng)
     return taken[0] if taken and template_key(taken[0][0]) not in templates else None
 
 
-def ask_term(passage: Passage, templates: set[str], holders: Counter, rng: random.Random) -> tuple[str, str] | None:
-    terms = [term for term in dict.fromkeys(CODE_NAME.findall(plain_text(passage.text))) if holders[term] <= 1]
+def ask_term(passage: Passage, templates: set[str], holders: Holders, rng: random.Random) -> tuple[str, str] | None:
+    found = dict.fromkeys(find_terms(passage.text))
+    terms = [term for term in found if len(holders[term]) <= 3 and template_key(term) not in templates]
     return (rng.choice(terms), passage.model_text) if terms else None
+
+
+# ------------------------------------------------------------------------------------ people's questions
+
+
+class Question(NamedTuple):
+    """A row of questions.tsv, written by a person: passage is the text of the answer, or file:line."""
+
+    question: str
+    passage: str
+
+
+class Candidate(NamedTuple):
+    """A row of question_candidates.tsv; a person writes x into accept, or no, and edits the question."""
+
+    accept: str
+    question: str
+    passage: str
+    source_file: str
+
+
+DENIED = {"", "0", "n", "no", "h", "hayir", "-", "false"}
+
+
+def read_questions(data_dir: Path) -> list[tuple[str, Question]]:
+    """Return the questions of questions.tsv and the accepted candidates, each with its file and line."""
+    remedy = "mend the line; the columns are parted by tabs"
+    found: list[tuple[str, Question]] = []
+    for name, row_type in (("questions.tsv", Question), ("question_candidates.tsv", Candidate)):
+        if (path := data_dir / name).exists():
+            for number, row in enumerate(read_tsv(path, row_type, may_be_empty=True, remedy=remedy), 2):
+                if row.question.strip() and (row_type is Question or fold(row.accept.strip()) not in DENIED):
+                    found.append((f"{path}:{number}", Question(row.question, row.passage)))
+    return found
+
+
+def find_answers(questions: list[tuple[str, Question]], passages: list[Passage]) -> list[tuple[str, Passage]]:
+    """Return each question with the passage that answers it; warn of those whose passage is not in the documents.
+
+    Where the text given runs over several passages, the one that shares most words with the question is taken.
+    """
+    by_file: dict[str, list[Passage]] = defaultdict(list)
+    by_shingle: dict[int, list[Passage]] = defaultdict(list)
+    for passage in passages:
+        by_file[passage.source_file].append(passage)
+        for shingle in shingles(plain_text(passage.text)):
+            by_shingle[shingle].append(passage)
+
+    def by_text(text: str, question: str) -> Passage | None:
+        own = shingles(plain_text(text))
+        shared = Counter(passage for shingle in own for passage in by_shingle.get(shingle, []))
+        words = {word[:6] for word in WORD.findall(fold(question))}
+        fits = {
+            passage: (sum(word[:6] in words for word in WORD.findall(fold(passage.model_text))), count)
+            for passage, count in shared.items()
+            if count >= 0.6 * min(len(own), len(shingles(plain_text(passage.text))))
+        }
+        return max(fits, key=lambda passage: (fits[passage], -passages.index(passage)), default=None)
+
+    found = []
+    for place, question in questions:
+        file, _, line = question.passage.strip().rpartition(":")
+        own_file = by_file.get(file.removeprefix("./"), []) if line.isdecimal() else []
+        at_line = next((passage for passage in own_file if passage.end_line >= int(line)), None)
+        answer = at_line or by_text(question.passage, question.question)
+        if answer is None:
+            warn(f"{place}: the documents hold no passage {question.passage[:60]!r}; give its text, or file:line")
+        else:
+            found.append((" ".join(question.question.split()), answer))
+    return found
+
+
+def question_pairs(labelled: list[tuple[str, Passage]], held_out: set[str]) -> list[Pair]:
+    """Return the labelled questions on training documents as pairs; the others are for the evaluation."""
+    return [
+        Pair(question, passage.model_text, "", "question", passage.source_file, " > ".join(passage.heading))
+        for question, passage in labelled
+        if passage.source_file not in held_out
+    ]
+
+
+LANGUAGES = {
+    "tr": "ve bir bu icin ile da de olarak olan gibi daha her sonra ise veya kadar ne nasil gore edilir yapilir degil",
+    "en": "the of and to in is for a an on with as be are by that this or from it at not what how when",
+}
+
+
+def language(text: str) -> str:
+    """Return "tr", "en" or "other", whichever the most frequent function words of a text say."""
+    words = Counter(WORD.findall(fold(text)))
+    scores = {name: sum(words[word] for word in listed.split()) for name, listed in LANGUAGES.items()}
+    scores["tr"] += len(re.findall("[çğışöüÇĞİŞÖÜ]", text)) / 3
+    best = max(scores, key=lambda name: scores[name])
+    return best if scores[best] > 0 else "other"
+
+
+def suggest_questions(passages: list[Passage], templates: set[str], max_candidates: int) -> list[Candidate]:
+    """Make questions from headings, definitions and table rows in their document's language, best first.
+
+    A document's later candidates rank lower, so that the first page shows many documents; one question a passage.
+    """
+    ranked: list[tuple[float, int, Candidate]] = []
+    earlier: Counter = Counter()
+    seen = {""}
+    texts = {name: list(group) for name, group in itertools.groupby(passages, key=lambda one: one.source_file)}
+    languages = {name: language(" ".join(one.text for one in group)) for name, group in texts.items()}
+    distinct = {passage.text: None for passage in passages}
+    definitions = Counter(fold(term) for text in distinct for term in dict.fromkeys(DEFINED.findall(text)))
+    for place, passage in enumerate(passages):
+        made = question_about(passage, templates, definitions, languages[passage.source_file])
+        if made is not None and len(passage.text) >= 80 and fold(made[1]) not in seen:
+            seen.add(fold(made[1]))
+            earlier[passage.source_file] += 1
+            row = Candidate("", made[1], " ".join(passage.text.split()), passage.source_file)
+            ranked.append((made[0] - earlier[passage.source_file] / 4, -place, row))
+    return [row for _, _, row in sorted(ranked, key=lambda one: one[:2], reverse=True)[:max_candidates]]
+
+
+def question_about(
+    passage: Passage, templates: set[str], definitions: Counter, spoken: str
+) -> tuple[float, str] | None:
+    """Return the best question that a passage answers and how good it is likely to be, from 2 to 4, or None.
+
+    definitions: how often each term is set off as if it were defined; what recurs is a field's label, such as "Status".
+    """
+    heading = re.sub(r"^[\d.]+\s+", "", passage.heading[-1]) if passage.heading else ""
+    if heading.endswith("?"):
+        return 4.0, heading
+    for row in table_rows(passage.text):
+        code, (name, cell) = row[0][1], max(row, key=lambda named: len(named[1]))
+        if CODE_NAME.fullmatch(code) and name and cell != code:
+            return 3.0, f"What is the {name} of {code}?" if spoken == "en" else f"{code} için {name} nedir?"
+    for term in DEFINED.findall(passage.text):
+        if definitions[fold(term)] == 1 and len(term.split()) <= 5:
+            if CODE_NAME.search(term) or term[-1].isdigit():
+                return 2.5, f"What has to be done in {term}?" if spoken == "en" else f"{term}: ne yapılacak?"
+            return 3.0, f"What is {term}?" if spoken == "en" else f"{term} nedir?"
+    if not 2 <= len(WORD.findall(heading)) <= 9 or template_key(passage.heading[-1]) in templates:
+        return None
+    return 2.0, {
+        "tr": f"{heading} konusunda ne deniyor?",
+        "en": f"What do the documents say about {heading}?",
+        "other": f"{heading}?",
+    }[spoken]
+
+
+def ask_endpoint(url: str, model: str, passages: list[Passage], data_dir: Path, max_candidates: int) -> list[Candidate]:
+    """Have a language model behind an OpenAI-compatible server write a question for each of the passages.
+
+    Answers are kept in question_answers.jsonl as they come, so that no passage is asked about twice.
+
+    Raises:
+        UserError: the server does not answer, or not as it should; what it has answered is kept.
+    """
+    if not re.match(r"https?://", url):
+        raise UserError(f"--question-endpoint {url} is no web address; give one such as http://localhost:11434/v1")
+    store = data_dir / "question_answers.jsonl"
+    answers: dict[str, str] = {}
+    for line in store.read_text(encoding="utf-8").splitlines() if store.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # the torn last line of a killed run
+            answers[json.loads(line)["passage"]] = json.loads(line)["question"]
+    data_dir.mkdir(parents=True, exist_ok=True)
+    chosen = list({" ".join(passage.text.split()): passage for passage in passages if len(passage.text) >= 80}.items())
+    rows = []
+    with store.open("a", encoding="utf-8") as file:
+        for text, passage in tqdm(chosen[:max_candidates], "asking", unit="passage", disable=None):
+            if text not in answers:
+                answers[text] = ask_for_question(url, model, passage)
+                file.write("\n" * (store.stat().st_size > 0) + json.dumps({"passage": text, "question": answers[text]}))
+                file.flush()
+            rows.append(Candidate("", answers[text], text, passage.source_file))
+    return rows
+
+
+def ask_for_question(url: str, model: str, passage: Passage) -> str:
+    """Return one question about a passage, in its language, by the chat completions interface."""
+    prompt = (
+        "Write one short question that a colleague would type into a search box and that the passage below answers."
+        " Use the passage's own language and other words than its own where you can. Reply with the question alone.\n\n"
+    )
+    body = {"model": model, "messages": [{"role": "user", "content": prompt + passage.model_text}], "temperature": 0.3}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '-')}"}
+    request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            reply = json.load(response)["choices"][0]["message"]["content"]
+            return " ".join(reply.split("</think>")[-1].split())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{url} gave no question ({error or type(error).__name__}); what it has answered is kept, run again"
+        ) from None
+
+
+def keep_marks(path: Path, candidates: list[Candidate]) -> list[Candidate]:
+    """Return the rows of an earlier question_candidates.tsv that a person has marked, and the new ones below."""
+    remedy = "mend the line; the columns are parted by tabs"
+    rows = read_tsv(path, Candidate, may_be_empty=True, remedy=remedy) if path.exists() else []
+    marked = [row for row in rows if row.accept.strip()]
+    known = {row.passage for row in marked}
+    return marked + [row for row in candidates if row.passage not in known]
 
 
 # -------------------------------------------------------------------------------------- files written
@@ -737,29 +963,30 @@ def write_tsv(path: Path, rows: list[NamedTuple], columns: tuple[str, ...]) -> N
             file.write("\t".join(" ".join(field.split()) for field in row) + "\n")
 
 
-def read_tsv(path: Path, row_type: type, may_be_empty: bool = False) -> list:
+def read_tsv(
+    path: Path, row_type: type, may_be_empty: bool = False, remedy: str = "run prepare_finetuning_data.py again"
+) -> list:
     """Read what write_tsv wrote into row_type, a NamedTuple whose fields are the columns.
 
     Raises:
         UserError: the file is missing, lacks a column, has a row of another length, or has no rows.
     """
-    remake = "run prepare_finetuning_data.py again"
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run prepare_finetuning_data.py first") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 at byte {error.start}; {remake}") from None
+        raise UserError(f"{path} is not UTF-8 at byte {error.start}; {remedy}") from None
     rows = [line.split("\t") for line in text.removesuffix("\n").split("\n")]
     columns = [name for name in row_type._fields if name in rows[0] or name not in row_type._field_defaults]
     if missing := [name for name in columns if name not in rows[0]]:
-        raise UserError(f"{path}: no column {missing[0]!r} in line 1; {remake}")
+        raise UserError(f"{path}: no column {missing[0]!r} in line 1; {remedy}")
     places = [rows[0].index(name) for name in columns]
     for number, row in enumerate(rows[1:], 2):
         if len(row) != len(rows[0]):
-            raise UserError(f"{path}:{number}: {len(row)} columns instead of {len(rows[0])}; {remake}")
+            raise UserError(f"{path}:{number}: {len(row)} columns instead of {len(rows[0])}; {remedy}")
     if len(rows) == 1 and not may_be_empty:
-        raise UserError(f"{path} has no rows; {remake} with more documents or strategies")
+        raise UserError(f"{path} has no rows; {remedy} with more documents or strategies")
     return [row_type(*(row[place] for place in places)) for row in rows[1:]]
 
 
@@ -938,6 +1165,18 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"{', '.join(STRATEGIES)}; may be repeated (config.PAIR_STRATEGIES)",
     )
     parser.add_argument(
+        "--suggest-questions",
+        action="store_true",
+        help="write question_candidates.tsv for a person to accept, and nothing else",
+    )
+    parser.add_argument(
+        "--question-endpoint",
+        metavar="URL",
+        help="let a language model suggest the questions: any OpenAI-compatible server, such as a local Ollama"
+        " (http://localhost:11434/v1); OPENAI_API_KEY is sent where it is set",
+    )
+    parser.add_argument("--question-model", metavar="NAME", help="the model that the server is to use")
+    parser.add_argument(
         "--seed", type=int, default=config.SEED, help="seed of the split and of what is drawn (config.SEED)"
     )
     return parser
@@ -956,21 +1195,42 @@ def add_document_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def write_candidates(passages: list[Passage], templates: set[str], options: argparse.Namespace) -> None:
+    """Write question_candidates.tsv for a person to mark."""
+    path = options.data_dir / "question_candidates.tsv"
+    candidates = suggest_questions(passages, templates, config.MAX_QUESTION_CANDIDATES)
+    if options.question_endpoint:
+        if not options.question_model:
+            raise UserError("--question-endpoint needs --question-model NAME, the model that the server is to use")
+        place = {row.passage: number for number, row in enumerate(candidates)}
+        by_worth = sorted(passages, key=lambda one: place.get(" ".join(one.text.split()), len(place)))
+        limits = (options.data_dir, config.MAX_QUESTION_CANDIDATES)
+        candidates = ask_endpoint(options.question_endpoint, options.question_model, by_worth, *limits)
+    rows = keep_marks(path, candidates)
+    write_tsv(path, rows, Candidate._fields)
+    print(f"wrote {path} with {len(rows)} questions, the best first; write x into the column accept of those that a")
+    print("colleague would ask, mend their words, and run: python prepare_finetuning_data.py")
+
+
 def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
     paths = find_documents(options.documents_root, options.documents or config.TARGET_DOCUMENTS)
     passages = read_passages(options.documents_root, paths, config.MAX_PASSAGE_CHARS, config.MAX_DOCUMENT_MB)
     family = group_copies(passages)
     templates = find_templates(passages, family, config.TEMPLATE_DOCUMENTS)
+    if options.suggest_questions or options.question_endpoint:
+        write_candidates(passages, templates, options)
+        return
     held_out = split_documents(passages, family, config.EVALUATION_SHARE, options.seed)
-    queries, corpus = make_queries(passages, held_out, templates, config.MAX_EVALUATION_QUERIES, options.seed)
+    labelled = find_answers(read_questions(options.data_dir), passages)
+    queries, corpus = make_queries(passages, held_out, templates, labelled, config.MAX_EVALUATION_QUERIES, options.seed)
     strategies = options.strategy or config.PAIR_STRATEGIES
     pairs, dropped = make_pairs(passages, held_out, templates, strategies, config.MAX_PAIRS_PER_SECTION, options.seed)
+    pairs = question_pairs(labelled, held_out) + pairs
     if not pairs:
         raise UserError(
             "no training pairs: the documents are too few or too short; give more --documents or --strategy"
         )
-
     model_folder, note = find_model(config.BASE_MODEL, config.BASE_MODEL_REVISION, fallback=True)
     report = {
         "documents": len(paths),
