@@ -371,10 +371,10 @@ def merge(group: list[Block]) -> Block:
 # ------------------------------------------------------------------------- copies, templates, the split
 
 
-def shingles(text: str, width: int = 5) -> set[int]:
+def shingles(text: str, width: int = 5, hashed: Callable[[tuple[str, ...]], int] = hash) -> set[int]:
     """Hashes of all runs of `width` words: texts that share many are near-copies (Broder, 1997)."""
     words = WORD.findall(fold(text))
-    return {hash(tuple(words[i : i + width])) for i in range(max(1, len(words) - width + 1))} if words else set()
+    return {hashed(tuple(words[i : i + width])) for i in range(max(1, len(words) - width + 1))} if words else set()
 
 
 def group_copies(passages: list[Passage], min_shared: float = 0.3) -> dict[str, str]:

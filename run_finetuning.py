@@ -19,6 +19,7 @@ Sentence Transformers format (safetensors), onnx/model.onnx (token ids in, norma
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -28,9 +29,11 @@ import random
 import re
 import sqlite3
 import sys
-import tempfile
+import textwrap
 import time
 import warnings
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,7 +42,7 @@ import numpy as np
 from tqdm import tqdm
 
 import config
-from config import UserError, remove, replacing, restore_previous
+from config import UserError, remove, replacing, restore_previous, sync
 from prepare_finetuning_data import (
     CorpusPassage,
     Pair,
@@ -47,11 +50,14 @@ from prepare_finetuning_data import (
     check_model,
     find_model,
     fold,
+    language,
     load_tokenizer,
     read_corpus,
     read_pairs,
     read_queries,
     sha256_of,
+    shingles,
+    template_key,
     warn,
 )
 
@@ -139,52 +145,69 @@ class HeldOut:
             raise UserError(
                 f"corpus.tsv lacks the answer to {lost[0].query[:60]!r}; run prepare_finetuning_data.py again"
             )
-        self.answers = [places[query.positive] for query in queries]
+        self.answers = np.array([places[query.positive] for query in queries], dtype=np.int64)
 
-    def halves(self, max_watched: int, seed: int) -> "tuple[HeldOut, HeldOut]":
-        """Return the half that decides, searched in all passages, and the half that is watched to choose weights.
-
-        The watched half is searched in max_watched passages, its own answers among them, to keep training short.
-        """
-        queries = self.queries[1::2]
+    def part(self, queries: list[Query], max_passages: int, seed: int) -> "HeldOut":
+        """Return some of the queries, searched in their answers and other passages, max_passages in all if they fit."""
         wanted = {query.positive for query in queries}
         others = [text for text in self.passages if text not in wanted]
         random.Random(seed).shuffle(others)
-        kept = wanted | set(others[: max(0, max_watched - len(wanted))])
-        watched = [CorpusPassage(text, "") for text in self.passages if text in kept]
-        corpus = [CorpusPassage(text, "") for text in self.passages]
-        return HeldOut(self.queries[0::2], corpus), HeldOut(queries, watched)
+        kept = wanted | set(others[: max(0, max_passages - len(wanted))])
+        return HeldOut(queries, [CorpusPassage(text, "") for text in self.passages if text in kept])
 
-    def evaluator(self):
-        """Return the queries as an InformationRetrievalEvaluator."""
-        from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr((self.queries, self.passages)).encode()).hexdigest()
 
-        return InformationRetrievalEvaluator(
-            queries={str(i): query.query for i, query in enumerate(self.queries)},
-            corpus={str(i): text for i, text in enumerate(self.passages)},
-            relevant_docs={str(i): {str(answer)} for i, answer in enumerate(self.answers)},
-            map_at_k=[10],
-            name="held-out",
-            write_csv=False,
-            write_predictions=True,
-            show_progress_bar=sys.stderr.isatty(),
-        )
-
-    def ranks(self, model) -> np.ndarray:
-        """Return each query's rank of its answer from 1 on, 0 where it is not among the first ten. Shape (queries,)."""
+    def similarities(self, model) -> np.ndarray:
+        """Return each query's cosine similarity to every passage, float32 of shape (queries, passages)."""
         if not self.queries:
-            return np.zeros(0, dtype=np.int64)
-        with tempfile.TemporaryDirectory() as folder:
-            self.evaluator()(model, output_path=folder)
-            (predictions,) = Path(folder).glob("*.jsonl")
-            found = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
-        ranks = np.zeros(len(self.queries), dtype=np.int64)
-        for one in found:
-            place = int(one["query_id"])
-            ids = [result["corpus_id"] for result in one["results"]]
-            if str(self.answers[place]) in ids:
-                ranks[place] = ids.index(str(self.answers[place])) + 1
-        return ranks
+            return np.zeros((0, len(self.passages)), dtype=np.float32)
+        show = sys.stderr.isatty() and len(self.passages) > 1000
+        encode = functools.partial(model.encode, normalize_embeddings=True, show_progress_bar=show)
+        return encode([query.query for query in self.queries]) @ encode(self.passages).T
+
+    def ranks(self, scores: np.ndarray) -> np.ndarray:
+        """Return each query's rank of its answer from 1 on, 0 where it is not among the first ten. Shape (queries,)."""
+        own = scores[np.arange(len(self.queries)), self.answers]
+        ranks = 1 + (scores > own[:, None]).sum(axis=1)
+        return np.where((ranks <= 10) & np.isfinite(own), ranks, 0)
+
+    @functools.cached_property
+    def words(self) -> list[dict[int, float]]:
+        """Each query's keyword scores."""
+        database = write_keywords(":memory:", (("", text) for text in self.passages))
+        return [keyword_scores(database, query.query, CANDIDATES) for query in self.queries]
+
+    def keyword_matrix(self) -> np.ndarray:
+        """Return the keyword scores like similarities, -inf where no word of the query is found."""
+        scores = np.full((len(self.queries), len(self.passages)), -np.inf)
+        for row, words in zip(scores, self.words, strict=True):
+            row[list(words)] = list(words.values())
+        return scores
+
+    def hybrid_matrix(self, similarities: np.ndarray, semantic_weight: float) -> np.ndarray:
+        """Return the scores of hybrid search like similarities, -inf where a passage is no candidate."""
+        scores = np.full(similarities.shape, -np.inf)
+        for row, own, words in zip(scores, similarities, self.words, strict=True):
+            nearest = np.argsort(-own, kind="stable")[:CANDIDATES]
+            meaning = {int(place): float(own[place]) for place in [*nearest, *words]}
+            combined = combined_scores(meaning, words, float(own.mean()), float(own.std()), semantic_weight)
+            row[list(combined)] = list(combined.values())
+        return scores
+
+
+def watcher(watched: HeldOut):
+    """Return the watched queries as a Sentence Transformers evaluator of nDCG@10."""
+    from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
+
+    class Watcher(SentenceEvaluator):
+        primary_metric = "ndcg@10"
+
+        def __call__(self, model, output_path=None, epoch=-1, steps=-1) -> dict[str, float]:
+            ranks = watched.ranks(watched.similarities(model))
+            return {"ndcg@10": float(gains(ranks)["nDCG@10"].mean())}
+
+    return Watcher()
 
 
 def gains(ranks: np.ndarray) -> dict[str, np.ndarray]:
@@ -206,48 +229,114 @@ def confidence_interval(differences: np.ndarray, seed: int, draws: int = 10_000)
     return float(low), float(high)
 
 
+MIN_QUERIES = 30  # fewer can not tell two models apart
+DECIDING, CHOOSING = slice(0, None, 2), slice(1, None, 2)  # the halves of the held-out queries
+
+
 def compare(queries: list[Query], base: np.ndarray, tuned: np.ndarray, kept_base: bool, seed: int) -> dict:
-    """Compare two models' ranks for the same queries: means, an interval, by kind of query, and the verdict."""
+    """Compare two models' ranks for the same queries: means, an interval, by kind and language, and the verdict."""
     if not queries:
-        return {"verdict": "unknown", "queries": 0}
+        return {"verdict": "unknown", "queries": 0, "queries_needed": MIN_QUERIES}
     before, after = gains(base), gains(tuned)
     differences = after["nDCG@10"] - before["nDCG@10"]
     low, high = confidence_interval(differences, seed)
     verdict = "kept-base" if kept_base else "improved" if low > 0 else "worse" if high < 0 else "unchanged"
-    by_kind = {}
-    for kind in sorted({query.strategy for query in queries}):
-        of_kind = np.array([query.strategy == kind for query in queries])
-        means = [float(table["nDCG@10"][of_kind].mean()) for table in (before, after)]
-        by_kind[kind] = {"queries": int(of_kind.sum()), "base": means[0], "fine_tuned": means[1]}
+    if len(queries) < MIN_QUERIES and not kept_base:
+        verdict = "unknown"
+    kinds, languages = [query.strategy for query in queries], [language(query.positive) for query in queries]
+    order = np.argsort(-differences, kind="stable")
     return {
         "verdict": verdict,
         "queries": len(queries),
+        "queries_needed": queries_needed(differences),
         "base": {name: float(values.mean()) for name, values in before.items()},
         "fine_tuned": {name: float(values.mean()) for name, values in after.items()},
         "difference": float(differences.mean()),
         "interval_95": [low, high],
         "wins": int((differences > 0).sum()),
         "losses": int((differences < 0).sum()),
-        "nDCG@10_by_kind": by_kind,
+        "nDCG@10_by_kind": by_group(kinds, before["nDCG@10"], after["nDCG@10"]),
+        "nDCG@10_by_language": by_group(languages, before["nDCG@10"], after["nDCG@10"]),
+        "differences": [round(float(value), 4) for value in differences],
+        "most_gained": [as_row(queries[i], base[i], tuned[i]) for i in order[:10] if differences[i] > 0],
+        "most_lost": [as_row(queries[i], base[i], tuned[i]) for i in order[::-1][:10] if differences[i] < 0],
     }
+
+
+def by_group(names: list[str], before: np.ndarray, after: np.ndarray) -> dict[str, dict]:
+    """Return the number of queries and both models' means for each name."""
+    table = {}
+    for name in sorted(set(names)):
+        own = np.array([one == name for one in names])
+        table[name] = {
+            "queries": int(own.sum()),
+            "base": float(before[own].mean()),
+            "fine_tuned": float(after[own].mean()),
+        }
+    return table
+
+
+def as_row(query: Query, base: int, tuned: int) -> dict:
+    return {**query._asdict(), "base_rank": int(base), "fine_tuned_rank": int(tuned)}
+
+
+def queries_needed(differences: np.ndarray) -> int:
+    """Return about how many queries would tell a difference as large as this one from chance (a paired z test)."""
+    mean, deviation = float(differences.mean()), float(differences.std())
+    return max(MIN_QUERIES, math.ceil((1.96 * deviation / mean) ** 2)) if mean else MIN_QUERIES
 
 
 def print_comparison(result: dict) -> None:
     """Print base against fine-tuned; the last line is for programs."""
     if not result["queries"]:
-        print("VERDICT unknown: no held-out queries; give prepare_finetuning_data.py more documents")
+        print(f"VERDICT unknown: no held-out queries, {MIN_QUERIES} are needed; add documents or questions")
         return
-    print(f"{'held-out queries':<22}{'base':>10}{'fine-tuned':>12}")
-    for name, value in result["base"].items():
-        print(f"{name:<22}{value:>10.3f}{result['fine_tuned'][name]:>12.3f}")
-    for kind, row in result["nDCG@10_by_kind"].items():
-        label = f"  nDCG@10 {kind} ({row['queries']})"
-        print(f"{label:<22}{row['base']:>10.3f}{row['fine_tuned']:>12.3f}")
+    base, tuned = result["base"], result["fine_tuned"]
+    print(f"{'held-out queries':<28}{'base':>10}{'fine-tuned':>12}")
+    for name, value in base.items():
+        print(f"{name + ' (semantic)':<28}{value:>10.3f}{tuned[name]:>12.3f}")
+    for table in ("kind", "language"):
+        for name, row in result[f"nDCG@10_by_{table}"].items():
+            label = f"  {table} {name} ({row['queries']})"
+            print(f"{label:<28}{row['base']:>10.3f}{row['fine_tuned']:>12.3f}")
+    for mode, row in result.get("nDCG@10_by_mode", {}).items():
+        print(f"{'nDCG@10 (' + mode + ')':<28}{row['base']:>10.3f}{row['fine_tuned']:>12.3f}")
     print(f"{result['wins']} queries better, {result['losses']} worse, {result['queries']} in all")
+    for words, rows in (("gained", result["most_gained"][:3]), ("lost", result["most_lost"][:3])):
+        for row in rows:
+            ranks = " -> ".join(str(row[name] or "beyond 10") for name in ("base_rank", "fine_tuned_rank"))
+            print(f"  {words} most: {textwrap.shorten(row['query'], 80, placeholder='…')!r} rank {ranks}")
+    if result["verdict"] in ("unknown", "unchanged"):
+        needed = f"about {result['queries_needed']:,} would: add documents or questions"
+        print(f"{result['queries']} queries can not tell the models apart; {needed}")
     low, high = result["interval_95"]
     print(
-        f"VERDICT {result['verdict']} nDCG@10 {result['base']['nDCG@10']:.3f} -> {result['fine_tuned']['nDCG@10']:.3f}"
+        f"VERDICT {result['verdict']} nDCG@10 {base['nDCG@10']:.3f} -> {tuned['nDCG@10']:.3f}"
         f" ({result['difference']:+.3f}, 95% CI {low:+.3f}..{high:+.3f}, {result['queries']} queries)"
+    )
+
+
+def search_figures(judged: HeldOut, base: np.ndarray, tuned: np.ndarray) -> tuple[dict, dict]:
+    """Fit hybrid search's weight on the queries that choose; return it, and both models' figures on those that decide.
+
+    base, tuned: similarities of the judged queries and passages.
+    """
+
+    def mean(scores: np.ndarray, half: slice) -> float:
+        return float(gains(judged.ranks(scores))["nDCG@10"][half].mean())
+
+    if len(judged.queries) < MIN_QUERIES:
+        return {}, {}
+    by_weight = {weight: mean(judged.hybrid_matrix(tuned, weight), CHOOSING) for weight in SEMANTIC_WEIGHTS}
+    best = max(by_weight, key=lambda weight: (by_weight[weight], -abs(weight - DEFAULT_SEMANTIC_WEIGHT)))
+    hybrid = [mean(judged.hybrid_matrix(scores, best), DECIDING) for scores in (base, tuned)]
+    keyword = mean(judged.keyword_matrix(), DECIDING)
+    return (
+        {"semantic_weight": best, "nDCG@10_by_weight": by_weight},
+        {
+            "keyword": {"base": keyword, "fine_tuned": keyword},
+            "hybrid": {"base": hybrid[0], "fine_tuned": hybrid[1]},
+        },
     )
 
 
@@ -257,6 +346,9 @@ WORD_OR_NAME = re.compile(r"[^\W_]+(?:[._/#:@+-]+[^\W_]+)*")
 WORD_PART = re.compile(r"[^\W_]+")
 CAMEL = re.compile(r"(?<=[a-zçğıöşü0-9])(?=[A-ZÇĞİÖŞÜ])")
 MAX_QUERY_WORDS = 64
+CANDIDATES = 200  # passages that each of the two arms puts up for the hybrid search
+DEFAULT_SEMANTIC_WEIGHT = 0.3
+SEMANTIC_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 PREFIX_LETTERS = 6  # Turkish hangs its endings on the stem: the first letters are nearly always the stem
 
 
@@ -333,40 +425,109 @@ def standard_scores(scores: dict[int, float]) -> dict[int, float]:
 # ---------------------------------------------------------------------------------------------- training
 
 
-def training_columns(pairs: list[Pair], loss: str, model) -> dict[str, list[str]]:
-    """Return the columns that the loss reads; for triplets, negatives are mined with the model where they are missing.
+def training_columns(pairs: list[Pair], loss: str, model) -> tuple[dict[str, list[str]], list[frozenset[str]]]:
+    """Return the columns that the loss reads, and of each row the keys by which rows are kept apart (apart_keys).
 
-    A mined negative may come to no more than 95 % of its positive's similarity, lest it be a right answer
-    (NV-Retriever; Moreira et al., 2024).
+    For triplets, negatives are mined with the model where they are missing.
     """
-    rows = {"anchor": [pair.anchor for pair in pairs], "positive": [pair.positive for pair in pairs]}
     with_negative = [pair for pair in pairs if pair.negative]
-    if loss == "mnrl" and len(with_negative) == len(pairs):
-        return rows | {"negative": [pair.negative for pair in pairs]}
-    if loss == "mnrl":
-        if with_negative:
-            warn(f"{len(with_negative)} of {len(pairs)} pairs have a negative; --loss mnrl uses them when all have one")
-        return rows
-    without = [pair for pair in pairs if not pair.negative]
-    triplets = [pair[:3] for pair in with_negative]
-    if without:
-        triplets += mine_negatives(without, model)
-    if not triplets:
-        raise UserError("no hard negatives were found for these pairs; use --loss mnrl or more documents")
-    return {name: [row[place] for row in triplets] for place, name in enumerate(("anchor", "positive", "negative"))}
+    if loss == "triplet":
+        mined = mine_negatives([pair for pair in pairs if not pair.negative], model)
+        pairs = with_negative = with_negative + mined
+        if not pairs:
+            raise UserError("no hard negatives were found for these pairs; use --loss mnrl or more documents")
+    elif 0 < len(with_negative) < len(pairs):
+        warn(f"{len(with_negative)} of {len(pairs)} pairs have a negative; --loss mnrl uses them when all have one")
+    columns = {"anchor": [pair.anchor for pair in pairs], "positive": [pair.positive for pair in pairs]}
+    if len(with_negative) == len(pairs):
+        columns["negative"] = [pair.negative for pair in pairs]
+    return columns, apart_keys(pairs)
 
 
-def mine_negatives(pairs: list[Pair], model) -> list[tuple[str, str, str]]:
-    """Return (anchor, positive, hard negative) for each pair that the model finds a hard negative for."""
+def apart_keys(pairs: list[Pair]) -> list[frozenset[str]]:
+    """Return the keys of each pair; two pairs with a common key might hold right answers to each other's anchor.
+
+    A key is the section, its heading with the numbers blanked (documents that fill in one template), a text, or one of
+    the three smallest shingle hashes of a text, which near-copies share (bottom-k sketch; Broder, 1997). Hashes that
+    more than a twentieth of the pairs hold are those of titles and tell nothing.
+    """
+    sketches = [
+        {f"~{one}" for text in pair[:2] for one in sorted(shingles(text, hashed=stable_hash))[:3]} for pair in pairs
+    ]
+    holders = Counter(one for sketch in sketches for one in sketch)
+    keys = []
+    for pair, sketch in zip(pairs, sketches, strict=True):
+        own = {f"={fold(pair.anchor)}", f"={fold(pair.positive)}"}
+        if pair.section:
+            own |= {f"{pair.source_file}#{pair.section}", f"#{template_key(pair.section.rpartition(' > ')[2])}"}
+        keys.append(frozenset(own | {one for one in sketch if holders[one] <= max(2, len(pairs) / 20)}))
+    return keys
+
+
+def stable_hash(words: tuple[str, ...]) -> int:
+    return zlib.crc32(" ".join(words).encode())
+
+
+def plan_batches(keys: list[frozenset[str]], batch_size: int, count: int, seed: int) -> list[list[int]]:
+    """Return `count` batches of rows, going round all rows in random orders; no two rows of a batch share a key.
+
+    A row that does not fit into a batch goes into the next; what fits into none until a round ends waits for another.
+    """
+    rng = random.Random(seed)
+    waiting: list[int] = []
+    plan = []
+    while len(plan) < count:
+        batch: list[int] = []
+        taken: set[str] = set()
+        passed: list[int] = []
+        fresh = False
+        while len(batch) < batch_size:
+            if not waiting:
+                if fresh:
+                    break  # all rows do not make a full batch
+                waiting, passed, fresh = rng.sample(range(len(keys)), len(keys)), [], True
+            row = waiting.pop()
+            if taken.isdisjoint(keys[row]):
+                batch.append(row)
+                taken |= keys[row]
+            else:
+                passed.append(row)
+        waiting += passed[::-1]
+        plan.append(batch)
+    return plan
+
+
+def mine_negatives(pairs: list[Pair], model) -> list[Pair]:
+    """Return the pairs that the model finds a hard negative for, with it.
+
+    A negative may come to no more than 95 % of its positive's similarity, lest it be a right answer (NV-Retriever;
+    Moreira et al., 2024), and has no key in common with its pair (apart_keys).
+    """
     from datasets import Dataset
     from sentence_transformers.util import mine_hard_negatives
 
+    if not pairs:
+        return []
     rows = Dataset.from_dict({"anchor": [pair.anchor for pair in pairs], "positive": [pair.positive for pair in pairs]})
-    mined = mine_hard_negatives(rows, model, num_negatives=1, range_max=50, relative_margin=0.05, verbose=False)
-    return [(row["anchor"], row["positive"], row["negative"]) for row in mined]
+    mined = mine_hard_negatives(
+        rows, model, num_negatives=5, range_max=50, relative_margin=0.05, output_format="n-tuple", verbose=False
+    )
+    keys = dict(zip(((pair.anchor, pair.positive) for pair in pairs), apart_keys(pairs), strict=True))
+    of_text: dict[str, frozenset[str]] = {}
+    for (_, positive), own in keys.items():
+        of_text[positive] = of_text.get(positive, frozenset()) | own
+    by_texts = {(pair.anchor, pair.positive): pair for pair in pairs}
+    found = []
+    for row in mined:
+        texts = (row["anchor"], row["positive"])
+        negatives = [row[name] for name in sorted(row) if name.startswith("negative")]
+        apart = [negative for negative in negatives if keys[texts].isdisjoint(of_text[negative])]
+        if apart and texts in by_texts:
+            found.append(by_texts.pop(texts)._replace(negative=apart[0]))
+    return found
 
 
-def make_loss(loss: str, model):
+def make_loss(loss: str, model, processes: int = 1):
     """Return the loss object: in-batch negatives (mnrl) or triplets with a cosine margin of 0.2."""
     from sentence_transformers.sentence_transformer.losses import (
         MultipleNegativesRankingLoss,
@@ -375,7 +536,7 @@ def make_loss(loss: str, model):
     )
 
     if loss == "mnrl":
-        return MultipleNegativesRankingLoss(model)
+        return MultipleNegativesRankingLoss(model, gather_across_devices=processes > 1)
     return TripletLoss(model, distance_metric=TripletDistanceMetric.COSINE, triplet_margin=0.2)
 
 
@@ -393,67 +554,143 @@ def seconds_per_step(model, loss, columns: dict[str, list[str]], batch_size: int
 
 
 def train(
-    model, columns: dict[str, list[str]], watched: HeldOut, options: argparse.Namespace, steps: int
+    model, columns: dict[str, list[str]], batches: list[list[int]], watched: HeldOut, options: argparse.Namespace
 ) -> list[dict]:
-    """Train for `steps` steps, watching the held-out queries four times; the model ends as the best checkpoint seen.
+    """Train on the batches, watching the held-out queries four times; the model ends as the best checkpoint seen.
+
+    An interrupted training of the same kind is gone on with (see claim_workspace).
 
     Returns:
         the history: dicts with step, loss and nDCG@10.
     """
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer
+    from sentence_transformers.base.sampler import DefaultBatchSampler
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    workspace = options.model_dir.with_name(f".{options.model_dir.name}.training")
-    evaluator = watched.evaluator() if watched.queries else None
-    if evaluator:
-        evaluator.write_predictions = evaluator.show_progress_bar = False
+    class PlannedBatches(DefaultBatchSampler):
+        def __iter__(self):
+            return iter(batches)
+
+        def __len__(self):
+            return len(batches)
+
+    class Trainer(SentenceTransformerTrainer):
+        def get_batch_sampler(self, dataset, batch_size, drop_last, **kwargs):
+            return PlannedBatches(dataset, batch_size, drop_last)
+
+    steps = len(batches) // processes()
     # The card's example, set here lest the trainer draw its own and print about it.
     model.model_card_data.widget = [{"source_sentence": columns["anchor"][0], "sentences": columns["positive"][:3]}]
-    trainer = SentenceTransformerTrainer(
+    trainer = Trainer(
         model,
-        training_arguments(workspace, options, steps, watching=bool(evaluator), on_cpu=model.device.type == "cpu"),
+        training_arguments(options, steps, bool(watched.queries), model.device.type),
         Dataset.from_dict(columns),
-        loss=make_loss(options.loss, model),
-        evaluator=evaluator,
+        loss=make_loss(options.loss, model, processes()),
+        evaluator=watcher(watched) if watched.queries else None,
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(progress_callback(steps))
-    remove(workspace)  # of a run that was killed
-    try:
-        trainer.train()
-    finally:
-        remove(workspace)
+    checkpoint = last_checkpoint(workspace(options.model_dir))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return history_of(trainer.state.log_history)
 
 
-def training_arguments(workspace: Path, options: argparse.Namespace, steps: int, watching: bool, on_cpu: bool):
-    """Return the trainer's settings: no text twice in a batch, warm-up, and the best of four checkpoints kept."""
+def training_arguments(options: argparse.Namespace, steps: int, watching: bool, device: str):
+    """Return the trainer's settings: warm-up, linear decay, and the best of four checkpoints kept."""
+    import torch
     from sentence_transformers import SentenceTransformerTrainingArguments
-    from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 
     every = max(1, -(-steps // 4))
     return SentenceTransformerTrainingArguments(
-        output_dir=str(workspace),
+        output_dir=str(workspace(options.model_dir)),
         max_steps=steps,
         per_device_train_batch_size=options.batch_size,
         learning_rate=options.learning_rate,
         warmup_steps=max(1, steps // 10),
-        batch_sampler=BatchSamplers.NO_DUPLICATES,
         seed=options.seed,
         eval_strategy="steps" if watching else "no",
-        save_strategy="steps" if watching else "no",
+        save_strategy="steps",
         eval_steps=every,
         save_steps=every,
         save_total_limit=2,
         load_best_model_at_end=watching,
-        metric_for_best_model="eval_held-out_cosine_ndcg@10" if watching else None,
+        metric_for_best_model="eval_ndcg@10" if watching else None,
         logging_steps=every,
         report_to="none",
         dataloader_pin_memory=False,
-        use_cpu=on_cpu,
+        use_cpu=device == "cpu",
+        bf16=device == "cuda" and torch.cuda.is_bf16_supported(),
+        tf32=True if device == "cuda" else None,
+        ddp_backend=("nccl" if device == "cuda" else "gloo") if processes() > 1 else None,
     )
+
+
+# ------------------------------------------------------------------ going on after a kill, several processes
+
+
+def workspace(model_dir: Path) -> Path:
+    """Return the folder of the checkpoints: beside the model's, and gone when that is saved."""
+    return model_dir.with_name(f".{model_dir.name}.training")
+
+
+def claim_workspace(folder: Path, identity: str, fresh: bool) -> int:
+    """Make the folder ready for a run with this identity; return the steps planned by an interrupted one, or 0.
+
+    identity: a hash of data, base model and settings; what another kind of run has left is removed.
+    """
+    left = read_json(folder / "run.json")
+    checkpoint = last_checkpoint(folder)
+    if checkpoint and left.get("identity") == identity and not fresh:
+        done = checkpoint.name.rpartition("-")[2]
+        print(f"found an interrupted training: going on after step {done} of {left['steps']} (--fresh starts over)")
+        return left["steps"]
+    if checkpoint:
+        print("starting over" if fresh else "found an interrupted training of other data or settings: starting over")
+    remove(folder)
+    return 0
+
+
+def write_workspace(folder: Path, identity: str, steps: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "run.json") as temporary:
+        temporary.write_text(json.dumps({"identity": identity, "steps": steps}), encoding="utf-8")
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that was written to its end (see progress_callback)."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/complete")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
+
+
+def is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def join_processes() -> None:
+    """Under torchrun, let the processes find each other, each with a device of its own."""
+    if processes() > 1:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def from_first_process(value):
+    """Return the first process's value in every process; the others wait for it."""
+    if processes() > 1:
+        import torch
+
+        box = [value]
+        torch.distributed.broadcast_object_list(box)
+        return box[0]
+    return value
 
 
 def progress_callback(steps: int):
@@ -462,7 +699,8 @@ def progress_callback(steps: int):
 
     class Progress(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            self.bar = tqdm(total=steps, desc="training", unit="step", disable=None)
+            hidden = None if state.is_world_process_zero else True
+            self.bar = tqdm(total=steps, initial=state.global_step, desc="training", unit="step", disable=hidden)
             self.loss = float("nan")
 
         def on_step_end(self, args, state, control, **kwargs):
@@ -471,10 +709,18 @@ def progress_callback(steps: int):
         def on_log(self, args, state, control, logs=None, **kwargs):
             self.loss = (logs or {}).get("loss", self.loss)
 
+        def on_save(self, args, state, control, **kwargs):
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if state.is_world_process_zero:
+                for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+                    sync(path)
+                (folder / "complete").touch()  # what a kill cuts short lacks it
+
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-            value = next((v for k, v in (metrics or {}).items() if k.endswith("_cosine_ndcg@10")), float("nan"))
+            value = (metrics or {}).get("eval_ndcg@10", float("nan"))
             line = f"step {state.global_step}/{steps}: loss {self.loss:.3f}, held-out nDCG@10 {value:.3f}"
-            self.bar.write(line, file=sys.stderr)
+            if state.is_world_process_zero:
+                self.bar.write(line, file=sys.stderr)
 
         def on_train_end(self, args, state, control, **kwargs):
             self.bar.close()
@@ -489,9 +735,8 @@ def history_of(log_history: list[dict]) -> list[dict]:
         row = history.setdefault(entry["step"], {"step": entry["step"]})
         if "loss" in entry:
             row["loss"] = entry["loss"]
-        for name, value in entry.items():
-            if name.endswith("_cosine_ndcg@10"):
-                row["nDCG@10"] = value
+        if "eval_ndcg@10" in entry:
+            row["nDCG@10"] = entry["eval_ndcg@10"]
     return [row for row in history.values() if len(row) > 1]
 
 
@@ -514,7 +759,7 @@ def choose_weights(model, base_weights: dict, choosing: HeldOut) -> tuple[float,
     scores = {}
     for alpha in (0.0, 0.25, 0.5, 0.75, 1.0):
         set_alpha(alpha)
-        scores[alpha] = float(gains(choosing.ranks(model))["nDCG@10"].mean())
+        scores[alpha] = float(gains(choosing.ranks(choosing.similarities(model)))["nDCG@10"].mean())
     best = max(scores, key=lambda alpha: (scores[alpha], -alpha))
     set_alpha(best)
     return best, scores
@@ -663,11 +908,20 @@ def read_json(path: Path) -> dict:
 
 def plan_steps(pairs: int, seconds: float, budget_seconds: float, options: argparse.Namespace) -> int:
     """Return the number of training steps: the epochs, cut to --max-steps and to the time that is left."""
-    wanted = options.max_steps or -(-pairs // options.batch_size) * options.epochs
+    wanted = options.max_steps or -(-pairs // (options.batch_size * processes())) * options.epochs
     steps = max(1, min(wanted, int(budget_seconds / seconds)))
     note = f" of {wanted} (config.MAX_TRAINING_MINUTES)" if steps < wanted else ""
     print(f"{pairs:,} pairs, {steps} steps{note} of {options.batch_size}, about {steps * seconds / 60:.1f} minutes")
     return steps
+
+
+def run_identity(options: argparse.Namespace, base_folder: Path) -> str:
+    """Return a hash of all that a training depends on: an interrupted one goes on only where it is the same."""
+    names = ("training_data.tsv", "evaluation_data.tsv", "corpus.tsv")
+    settings = ("loss", "epochs", "batch_size", "learning_rate", "max_steps", "seed")
+    parts = [sha256_of(options.data_dir / name) for name in names] + [getattr(options, name) for name in settings]
+    parts += [model_fingerprint(base_folder), config.TRAINING_TOKENS, config.QUESTION_WEIGHT, processes()]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -678,18 +932,29 @@ def check_options(options: argparse.Namespace) -> None:
         raise UserError(f"--learning-rate {options.learning_rate} is not above 0 and at most 1; try {2e-5}")
 
 
-def fine_tune(model, pairs: list[Pair], watched: HeldOut, budget_seconds: float, options: argparse.Namespace) -> dict:
-    """Train the model in place and mix its weights with the base's; return what evaluation.json tells of that."""
+def fine_tune(
+    model, pairs: list[Pair], watched: HeldOut, planned: int, budget_seconds: float, identity: str, options
+) -> dict:
+    """Train the model in place and mix its weights with the base's; return what evaluation.json tells of that.
+
+    planned: the steps of the interrupted run that is gone on with, or 0.
+    """
     from importlib import metadata
 
     mended = mend_tokenizer(model, [text for pair in pairs for text in pair[:2]])
-    columns = training_columns(pairs, options.loss, model)
+    questions = [pair for pair in pairs if pair.strategy == "question"]
+    columns, keys = training_columns(pairs + (config.QUESTION_WEIGHT - 1) * questions, options.loss, model)
     base_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
     window, model.max_seq_length = model.max_seq_length, min(model.max_seq_length, config.TRAINING_TOKENS)
-    step_seconds = seconds_per_step(model, make_loss(options.loss, model), columns, options.batch_size)
-    steps = plan_steps(len(columns["anchor"]), step_seconds, budget_seconds, options)
-    history = train(model, columns, watched, options, steps)
-    alpha, alphas = choose_weights(model, base_weights, watched)
+    if is_first_process() and not planned:
+        step_seconds = seconds_per_step(model, make_loss(options.loss, model), columns, options.batch_size)
+        planned = plan_steps(len(keys), step_seconds, budget_seconds, options)
+        write_workspace(workspace(options.model_dir), identity, planned)
+    steps = from_first_process(planned)
+    together = plan_batches(keys, options.batch_size * processes(), steps, options.seed)
+    batches = [rows[rank :: processes()] for rows in together for rank in range(processes())]
+    history = train(model, columns, batches, watched, options)
+    alpha, alphas = choose_weights(model, base_weights, watched) if is_first_process() else (1.0, {})
     model.max_seq_length = window
     settings = ("loss", "epochs", "batch_size", "learning_rate", "max_steps", "seed")
     return {
@@ -697,13 +962,13 @@ def fine_tune(model, pairs: list[Pair], watched: HeldOut, budget_seconds: float,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": {name: getattr(options, name) for name in settings} | {"training_tokens": config.TRAINING_TOKENS},
         "letters_read_plainly": mended,
-        "pairs": len(columns["anchor"]),
+        "pairs": len(pairs),
         "steps": steps,
         "history": history,
         "alpha": alpha,
         "nDCG@10_by_alpha": alphas,
         "versions": {name: metadata.version(name) for name in ("sentence-transformers", "transformers", "torch")},
-        "machine": f"{platform.platform()}, {os.cpu_count()} CPUs, device {model.device}",
+        "machine": f"{platform.platform()}, {os.cpu_count()} CPUs, {processes()} x {model.device}",
     }
 
 
@@ -717,14 +982,42 @@ def refuse_lesser_base(options: argparse.Namespace, note: str | None) -> None:
         )
 
 
-def evaluate_saved(options: argparse.Namespace, deciding: HeldOut) -> dict:
+def worse_than_installed(ranks: np.ndarray, judged: HeldOut, model_dir: Path) -> str | None:
+    """Return how the model in model_dir finds more than these ranks on the same queries, or None if it does not."""
+    if not judged.queries or not (model_dir / "modules.json").exists():
+        return None
+    installed = read_json(model_dir / "evaluation.json").get("held_out", {})
+    if installed.get("fingerprint") == judged.fingerprint():
+        others = np.array(installed["ranks"])
+    else:
+        print("searching them with the installed model", file=sys.stderr)
+        with contextlib.suppress(UserError):  # a damaged one may be replaced
+            others = judged.ranks(judged.similarities(load_model(model_dir, config.DEVICE)))
+    new, old = (float(gains(own)["nDCG@10"][DECIDING].mean()) for own in (ranks, others))
+    return f"nDCG@10 {old:.3f} for the installed model, {new:.3f} for this one" if new < old else None
+
+
+def judge(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, kept_base: bool, options: argparse.Namespace) -> dict:
+    """Return the comparison of two models from their similarities, as evaluation.json keeps it, and its ingredients."""
+    ranks = [judged.ranks(scores) for scores in (base, tuned)]
+    halves = [own[DECIDING] for own in ranks]
+    comparison = compare(judged.queries[DECIDING], *halves, kept_base, options.seed)
+    search, by_mode = search_figures(judged, base, tuned)
+    return {
+        "comparison": comparison | {"nDCG@10_by_mode": by_mode},
+        "search": search,
+        "held_out": {"fingerprint": judged.fingerprint(), "ranks": ranks[1].tolist()},
+    }
+
+
+def evaluate_saved(options: argparse.Namespace, judged: HeldOut) -> dict:
     """Compare the saved model with the base it was tuned from, or --base-model, on the half that decides."""
     saved = load_model(options.model_dir, config.DEVICE)
     evaluation = read_json(options.model_dir / "evaluation.json")
     name = options.base_model or evaluation.get("base", {}).get("used", config.BASE_MODEL)
     base = load_model(find_model(name, config.BASE_MODEL_REVISION, fallback=False)[0], config.DEVICE)
     kept_base = evaluation.get("comparison", {}).get("verdict") == "kept-base"
-    return compare(deciding.queries, deciding.ranks(base), deciding.ranks(saved), kept_base, options.seed)
+    return judge(judged, judged.similarities(base), judged.similarities(saved), kept_base, options)["comparison"]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -753,7 +1046,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--evaluate-only", action="store_true", help="compare the saved model with the base; save nothing"
     )
-    parser.add_argument("--force", action="store_true", help="replace a model that was tuned from a better base")
+    parser.add_argument("--fresh", action="store_true", help="start over instead of going on with an interrupted run")
+    parser.add_argument(
+        "--force", action="store_true", help="replace a model that searches better or was tuned from a better base"
+    )
     return parser
 
 
@@ -763,9 +1059,10 @@ def main(argv: list[str] | None = None) -> None:
     check_options(options)
     restore_previous(options.model_dir)
     held_out = HeldOut(read_queries(options.data_dir), read_corpus(options.data_dir))
-    deciding, watched = held_out.halves(config.WATCHED_PASSAGES, options.seed)
+    judged = held_out.part(held_out.queries, config.EVALUATION_PASSAGES, options.seed)
+    watched = held_out.part(held_out.queries[CHOOSING], config.WATCHED_PASSAGES, options.seed)
     if options.evaluate_only:
-        print_comparison(evaluate_saved(options, deciding))
+        print_comparison(evaluate_saved(options, judged))
         return
     pairs = read_pairs(options.data_dir)
     wanted = options.base_model or config.BASE_MODEL
@@ -773,23 +1070,43 @@ def main(argv: list[str] | None = None) -> None:
     if note:
         warn(note)
     refuse_lesser_base(options, note)
+    join_processes()
+    identity = run_identity(options, base_folder)
+    planned = claim_workspace(workspace(options.model_dir), identity, options.fresh) if is_first_process() else 0
     model = load_model(base_folder, config.DEVICE)
-    searched = f"{len(deciding.queries)} held-out queries in {len(deciding.passages):,} passages"
-    print(f"searching {searched} with the base model", file=sys.stderr)
-    base_ranks = deciding.ranks(model)
+    print(f"searching {len(judged.passages):,} passages for {len(judged.queries)} held-out queries", file=sys.stderr)
+    base = judged.similarities(model) if is_first_process() else None
     evaluation_seconds = time.perf_counter() - started
-    watching_share = 9 * len(watched.passages) / max(1, len(deciding.passages))  # 4 looks, 5 mixtures of weights
+    watching_share = 9 * len(watched.passages) / max(1, len(judged.passages))  # 4 looks, 5 mixtures of weights
     budget_seconds = config.MAX_TRAINING_MINUTES * 60 - (2 + watching_share) * evaluation_seconds
-    evaluation = fine_tune(model, pairs, watched, budget_seconds, options)
+    evaluation = fine_tune(model, pairs, watched, planned, budget_seconds, identity, options)
+    if not is_first_process():
+        return
+    tuned = judged.similarities(model)
     kept_base = evaluation["alpha"] == 0 and not evaluation["letters_read_plainly"]
-    evaluation |= {
-        "comparison": compare(deciding.queries, base_ranks, deciding.ranks(model), kept_base, options.seed),
+    result = judge(judged, base, tuned, kept_base, options)
+    if result["comparison"]["verdict"] == "worse":
+        print("the fine-tuned model searches worse than the base, so the base is kept:")
+        print_comparison(result["comparison"])
+        model = load_model(base_folder, config.DEVICE)
+        result = judge(judged, base, base, True, options)
+    evaluation |= result | {
         "base": {"wanted": wanted, "used": "packaged" if note else wanted, "note": note},
         "data": read_json(options.data_dir / "data_report.json"),
         "minutes": round((time.perf_counter() - started) / 60, 1),
     }
-    save_model(model, options.model_dir, evaluation, held_out.passages[:64])
-    print(f"took {evaluation['minutes']} minutes; wrote {options.model_dir}; next: python generate_embeddings.py")
+    finish(model, evaluation, judged, options)
+
+
+def finish(model, evaluation: dict, judged: HeldOut, options: argparse.Namespace) -> None:
+    """Save the model unless the installed one searches better; print the comparison."""
+    better = worse_than_installed(np.array(evaluation["held_out"]["ranks"]), judged, options.model_dir)
+    if better and not options.force:
+        print(f"not saved, the installed model searches better: {better}; --force replaces it")
+    else:
+        save_model(model, options.model_dir, evaluation, judged.passages[:64])
+        print(f"took {evaluation['minutes']} minutes; wrote {options.model_dir}; next: python generate_embeddings.py")
+    remove(workspace(options.model_dir))
     print_comparison(evaluation["comparison"])
 
 
