@@ -634,16 +634,17 @@ def make_pairs(
     """Return each strategy's pairs over all training documents, and how much was dropped, by reason.
 
     A pair is dropped when it is there already in either direction, or when a third of the shingles of one of its
-    texts occurs in a held-out document.
+    texts, or a whole sentence of six words or more, occurs in a held-out document.
     """
-    held_out_shingles = {
-        shingle for passage in passages if passage.source_file in held_out for shingle in shingles(passage.text)
-    }
+    held_out_texts = [plain_text(passage.text) for passage in passages if passage.source_file in held_out]
+    held_out_shingles = {shingle for text in held_out_texts for shingle in shingles(text)}
+    held_out_sentences = {fold(sentence) for text in held_out_texts for sentence in sentences(text)}
 
     @functools.cache
     def leaks(text: str) -> bool:
         own = shingles(text)
-        return len(own & held_out_shingles) > len(own) / 3
+        whole = (fold(sentence) for sentence in sentences(text) if len(sentence.split()) > 5)
+        return len(own & held_out_shingles) > len(own) / 3 or not held_out_sentences.isdisjoint(whole)
 
     training = [passage for passage in passages if passage.source_file not in held_out]
     sections = usable_sections(training, templates)
@@ -690,9 +691,9 @@ def make_queries(
     """Make queries out of held-out passages, as people search, by turns of three kinds; return them and the corpus.
 
     heading: the heading of the passage; sentence: a sentence out of it; term: an ID, code name or set-off term that at
-    most three passages hold. People's labelled questions come first. A heading or sentence is taken out of its passage
-    in the corpus, and near-copies of a passage that is asked for, and other holders of a term, are left out of it, so
-    that a query finds neither itself nor a second right answer.
+    most three passages hold, all of them held out. People's labelled questions come first. A heading or sentence is
+    taken out of its passage in the corpus, and near-copies of a passage that is asked for, and other holders of a
+    term, are left out of it, so that a query finds neither itself nor a second right answer.
     """
     rng = random.Random(seed)
     distinct = list({(passage.heading, passage.text): passage for passage in reversed(passages)}.values())[::-1]
@@ -700,6 +701,8 @@ def make_queries(
     for passage in distinct:
         for term in dict.fromkeys(find_terms(passage.text)):
             holders[term].append(passage)
+    few = {term: own for term, own in holders.items() if len(own) <= 3}
+    holders = {term: own for term, own in few.items() if all(one.source_file in held_out for one in own)}
     queries: list[Query] = []
     in_corpus: dict[Passage, str | None] = {}
     asked_shingles: set[int] = set()
@@ -749,7 +752,7 @@ def ask_sentence(passage: Passage, templates: set[str], holders: Holders, rng: r
 
 def ask_term(passage: Passage, templates: set[str], holders: Holders, rng: random.Random) -> tuple[str, str] | None:
     found = dict.fromkeys(find_terms(passage.text))
-    terms = [term for term in found if len(holders[term]) <= 3 and template_key(term) not in templates]
+    terms = [term for term in found if term in holders and template_key(term) not in templates]
     return (rng.choice(terms), passage.model_text) if terms else None
 
 
@@ -808,7 +811,7 @@ def find_answers(questions: list[tuple[str, Question]], passages: list[Passage])
             for passage, count in shared.items()
             if count >= 0.6 * min(len(own), len(shingles(plain_text(passage.text))))
         }
-        return max(fits, key=lambda passage: (fits[passage], -passages.index(passage)), default=None)
+        return max(fits, key=lambda passage: (fits[passage], -passage.start_line, passage.source_file), default=None)
 
     found = []
     for place, question in questions:
@@ -864,7 +867,7 @@ def suggest_questions(passages: list[Passage], templates: set[str], max_candidat
         if made is not None and len(passage.text) >= 80 and fold(made[1]) not in seen:
             seen.add(fold(made[1]))
             earlier[passage.source_file] += 1
-            row = Candidate("", made[1], " ".join(passage.text.split()), passage.source_file)
+            row = Candidate("", made[1], plain_text(passage.text), passage.source_file)
             ranked.append((made[0] - earlier[passage.source_file] / 4, -place, row))
     return [row for _, _, row in sorted(ranked, key=lambda one: one[:2], reverse=True)[:max_candidates]]
 
@@ -913,7 +916,7 @@ def ask_endpoint(url: str, model: str, passages: list[Passage], data_dir: Path, 
         with contextlib.suppress(ValueError, KeyError, TypeError):  # the torn last line of a killed run
             answers[json.loads(line)["passage"]] = json.loads(line)["question"]
     data_dir.mkdir(parents=True, exist_ok=True)
-    chosen = list({" ".join(passage.text.split()): passage for passage in passages if len(passage.text) >= 80}.items())
+    chosen = list({plain_text(one.text): one for one in passages if len(one.text) >= 80}.items())
     rows = []
     with store.open("a", encoding="utf-8") as file:
         for text, passage in tqdm(chosen[:max_candidates], "asking", unit="passage", disable=None):
@@ -1203,7 +1206,7 @@ def write_candidates(passages: list[Passage], templates: set[str], options: argp
         if not options.question_model:
             raise UserError("--question-endpoint needs --question-model NAME, the model that the server is to use")
         place = {row.passage: number for number, row in enumerate(candidates)}
-        by_worth = sorted(passages, key=lambda one: place.get(" ".join(one.text.split()), len(place)))
+        by_worth = sorted(passages, key=lambda one: place.get(plain_text(one.text), len(place)))
         limits = (options.data_dir, config.MAX_QUESTION_CANDIDATES)
         candidates = ask_endpoint(options.question_endpoint, options.question_model, by_worth, *limits)
     rows = keep_marks(path, candidates)

@@ -322,22 +322,33 @@ def search_figures(judged: HeldOut, base: np.ndarray, tuned: np.ndarray) -> tupl
     base, tuned: similarities of the judged queries and passages.
     """
 
-    def mean(scores: np.ndarray, half: slice) -> float:
-        return float(gains(judged.ranks(scores))["nDCG@10"][half].mean())
-
     if len(judged.queries) < MIN_QUERIES:
         return {}, {}
-    by_weight = {weight: mean(judged.hybrid_matrix(tuned, weight), CHOOSING) for weight in SEMANTIC_WEIGHTS}
-    best = max(by_weight, key=lambda weight: (by_weight[weight], -abs(weight - DEFAULT_SEMANTIC_WEIGHT)))
-    hybrid = [mean(judged.hybrid_matrix(scores, best), DECIDING) for scores in (base, tuned)]
-    keyword = mean(judged.keyword_matrix(), DECIDING)
+    by_weight = {w: gains(judged.ranks(judged.hybrid_matrix(tuned, w)))["nDCG@10"] for w in SEMANTIC_WEIGHTS}
+    weight = fitted_weight({w: values[CHOOSING] for w, values in by_weight.items()})
+    hybrid = gains(judged.ranks(judged.hybrid_matrix(base, weight)))["nDCG@10"][DECIDING].mean()
+    keyword = float(gains(judged.ranks(judged.keyword_matrix()))["nDCG@10"][DECIDING].mean())
     return (
-        {"semantic_weight": best, "nDCG@10_by_weight": by_weight},
+        {
+            "semantic_weight": weight,
+            "nDCG@10_by_weight": {w: float(values[CHOOSING].mean()) for w, values in by_weight.items()},
+        },
         {
             "keyword": {"base": keyword, "fine_tuned": keyword},
-            "hybrid": {"base": hybrid[0], "fine_tuned": hybrid[1]},
+            "hybrid": {"base": float(hybrid), "fine_tuned": float(by_weight[weight][DECIDING].mean())},
         },
     )
+
+
+def fitted_weight(by_weight: dict[float, np.ndarray]) -> float:
+    """Return the weight nearest to the built-in one whose nDCG@10 is within a standard error of the best weight's.
+
+    The one-standard-error rule (Breiman et al., 1984) keeps a few lucky queries from moving the weight. by_weight:
+    each weight's nDCG@10 of the same queries.
+    """
+    best = max(by_weight.values(), key=lambda values: values.mean())
+    good = [w for w, own in by_weight.items() if (best - own).mean() <= (best - own).std() / math.sqrt(len(own))]
+    return min(good, key=lambda weight: abs(weight - DEFAULT_SEMANTIC_WEIGHT))
 
 
 # ------------------------------------------------------------------- scores by words (SQLite FTS5), and by both
@@ -447,21 +458,23 @@ def training_columns(pairs: list[Pair], loss: str, model) -> tuple[dict[str, lis
 def apart_keys(pairs: list[Pair]) -> list[frozenset[str]]:
     """Return the keys of each pair; two pairs with a common key might hold right answers to each other's anchor.
 
-    A key is the section, its heading with the numbers blanked (documents that fill in one template), a text, or one of
-    the three smallest shingle hashes of a text, which near-copies share (bottom-k sketch; Broder, 1997). Hashes that
-    more than a twentieth of the pairs hold are those of titles and tell nothing.
+    A key is the section, a text, the heading with its numbers blanked (documents that fill in one template), or one of
+    the three smallest shingle hashes of a text, which near-copies share (bottom-k sketch; Broder, 1997). Of the last
+    two kinds, one that more than a twentieth of the pairs hold tells nothing: dates as headings, or a title.
     """
-    sketches = [
-        {f"~{one}" for text in pair[:2] for one in sorted(shingles(text, hashed=stable_hash))[:3]} for pair in pairs
+    certain, likely = [], []
+    for pair in pairs:
+        section = {f"{pair.source_file}#{pair.section}"} if pair.section else set()
+        certain.append({f"={fold(pair.anchor)}", f"={fold(pair.positive)}"} | section)
+        sketches = (sorted(shingles(text, hashed=stable_hash))[:3] for text in pair[:2])
+        heading = {f"#{template_key(pair.section.rpartition(' > ')[2])}"} if pair.section else set()
+        likely.append({f"~{one}" for sketch in sketches for one in sketch} | heading)
+    holders = Counter(one for keys in likely for one in keys)
+    usual = max(8, len(pairs) / 20)
+    return [
+        frozenset(sure | {one for one in keys if holders[one] <= usual})
+        for sure, keys in zip(certain, likely, strict=True)
     ]
-    holders = Counter(one for sketch in sketches for one in sketch)
-    keys = []
-    for pair, sketch in zip(pairs, sketches, strict=True):
-        own = {f"={fold(pair.anchor)}", f"={fold(pair.positive)}"}
-        if pair.section:
-            own |= {f"{pair.source_file}#{pair.section}", f"#{template_key(pair.section.rpartition(' > ')[2])}"}
-        keys.append(frozenset(own | {one for one in sketch if holders[one] <= max(2, len(pairs) / 20)}))
-    return keys
 
 
 def stable_hash(words: tuple[str, ...]) -> int:

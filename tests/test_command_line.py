@@ -12,7 +12,8 @@ import config
 DOCUMENTS = {"--documents-root": "DOCUMENTS_ROOT", "--documents": "TARGET_DOCUMENTS"}
 OPTIONS = {
     "prepare_finetuning_data.py": DOCUMENTS
-    | {"--data-dir": "FINE_TUNING_DATA_DIR", "--strategy": "PAIR_STRATEGIES", "--seed": "SEED"},
+    | {"--data-dir": "FINE_TUNING_DATA_DIR", "--strategy": "PAIR_STRATEGIES", "--seed": "SEED"}
+    | dict.fromkeys(["--suggest-questions", "--question-endpoint", "--question-model"]),
     "run_finetuning.py": {
         "--data-dir": "FINE_TUNING_DATA_DIR",
         "--model-dir": "MODEL_NAME",
@@ -24,6 +25,7 @@ OPTIONS = {
         "--max-steps": None,
         "--seed": "SEED",
         "--evaluate-only": None,
+        "--fresh": None,
         "--force": None,
     },
     "generate_embeddings.py": DOCUMENTS

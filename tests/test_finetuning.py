@@ -2,10 +2,14 @@
 
 import argparse
 import hashlib
+import itertools
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -127,24 +131,25 @@ def test_triplets_are_mined_where_the_pairs_have_no_negative(chain, tmp_path):
     assert evaluation_of(tmp_path / "model")["pairs"] > 0
     pairs = [Pair("the anchor", "the positive", "the negative", "heading", "a.md")]
     model = load_model(chain.base, "cpu")
-    columns = run_finetuning.training_columns(pairs, "triplet", model)
+    columns, _ = run_finetuning.training_columns(pairs, "triplet", model)
     assert columns == {"anchor": ["the anchor"], "positive": ["the positive"], "negative": ["the negative"]}
-    assert run_finetuning.training_columns(pairs, "mnrl", model) == columns
-    assert list(run_finetuning.training_columns([pairs[0]._replace(negative=""), *pairs], "mnrl", model)) == [
-        "anchor",
-        "positive",
-    ]
+    assert run_finetuning.training_columns(pairs, "mnrl", model)[0] == columns
+    mixed, _ = run_finetuning.training_columns([pairs[0]._replace(negative=""), *pairs], "mnrl", model)
+    assert list(mixed) == ["anchor", "positive"]
 
 
 def test_a_mined_negative_stays_below_95_percent_of_its_positives_similarity(chain):
     from prepare_finetuning_data import read_pairs
 
     model = load_model(chain.base, "cpu")
-    mined = run_finetuning.mine_negatives(read_pairs(chain.data), model)
+    pairs = read_pairs(chain.data)
+    mined = run_finetuning.mine_negatives(pairs, model)
     assert mined
     anchors, positives, negatives = (
-        model.encode(list(column), normalize_embeddings=True) for column in zip(*mined, strict=True)
+        model.encode([pair[column] for pair in mined], normalize_embeddings=True) for column in range(3)
     )
+    sections = {pair.positive: pair.section for pair in pairs}
+    assert all(sections[pair.negative] != pair.section for pair in mined)
     right, wrong = (anchors * positives).sum(axis=1), (anchors * negatives).sum(axis=1)
     assert (wrong <= 0.95 * right + 1e-4).all()
 
@@ -214,12 +219,12 @@ def test_a_swap_cut_in_half_is_undone_by_the_next_run(chain, installed, capsys):
 
 
 def test_a_save_whose_onnx_form_disagrees_leaves_the_old_model(chain, installed, monkeypatch, capsys):
-    before = snapshot(installed.parent)
+    before = snapshot(installed)
     encode = Encoder.encode
     monkeypatch.setattr(Encoder, "encode", lambda self, texts, *more: encode(self, texts, *more)[:, ::-1])
     assert train(chain.data, installed, chain.base) == 2
     assert "ONNX and PyTorch disagree" in error_line(capsys.readouterr().err)
-    assert snapshot(installed.parent) == before
+    assert snapshot(installed) == before
 
 
 def test_a_model_whose_weights_are_no_numbers_is_never_saved(chain, installed):
@@ -235,19 +240,95 @@ def test_a_model_whose_weights_are_no_numbers_is_never_saved(chain, installed):
     assert snapshot(installed.parent) == before
 
 
-def test_training_that_is_killed_leaves_the_old_model_and_the_next_run_works(chain, installed):
-    before = snapshot(installed)
-    workspace = installed.with_name(".tuned.training")
-    arguments = ["--data-dir", chain.data, "--model-dir", installed, "--base-model", chain.base, "--batch-size", 2]
-    process = start_script("run_finetuning.py", *arguments, "--max-steps", 5000)
-    killed = wait_until(workspace.exists, process)
+def kill_after_a_checkpoint(chain, model_dir: Path) -> None:
+    arguments = ["--data-dir", chain.data, "--model-dir", model_dir, "--base-model", chain.base, "--batch-size", 8]
+    process = start_script("run_finetuning.py", *arguments, "--max-steps", 400)
+    folder = run_finetuning.workspace(model_dir)
+    reached = wait_until(lambda: run_finetuning.last_checkpoint(folder), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert killed and process.returncode == -signal.SIGKILL
+    assert reached and process.returncode == -signal.SIGKILL
+
+
+def test_training_that_is_killed_leaves_the_old_model_and_the_next_run_goes_on(chain, installed, tmp_path, capsys):
+    before = snapshot(installed)
+    kill_after_a_checkpoint(chain, installed)
     assert snapshot(installed) == before
-    assert train(chain.data, installed, chain.base) == 0
+    half = run_finetuning.workspace(installed) / "checkpoint-399"  # as a kill in the middle of writing leaves it
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    assert train(chain.data, installed, chain.base, "--max-steps", 400, "--force") == 0
+    assert re.search(r"going on after step [123]00 of 400", capsys.readouterr().out)
     assert snapshot(config.previous(installed)) == before
     assert {path.name for path in installed.parent.iterdir()} == {"tuned", "tuned.previous"}
+    assert train(chain.data, tmp_path / "straight", chain.base, "--max-steps", 400) == 0
+    gone_on, straight = (load_model(folder, "cpu").encode(TEXTS) for folder in (installed, tmp_path / "straight"))
+    assert np.allclose(gone_on, straight, atol=1e-4), "going on ends where an undisturbed run ends"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"), [(["--fresh"], "starting over"), (["--seed", "7"], "other data or settings")]
+)
+def test_a_killed_training_is_not_gone_on_with_when_told_so_or_when_it_was_another(
+    chain, installed, capsys, more, said
+):
+    kill_after_a_checkpoint(chain, installed)
+    assert train(chain.data, installed, chain.base, "--force", *more) == 0
+    assert said in capsys.readouterr().out
+    assert not run_finetuning.workspace(installed).exists()
+
+
+def test_two_processes_train_one_model_and_the_first_writes_it(chain, tmp_path):
+    arguments = [REPOSITORY / "run_finetuning.py", "--data-dir", chain.data, "--model-dir", tmp_path / "model"]
+    arguments += ["--base-model", chain.base, "--batch-size", 4, "--max-steps", 4]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, arguments)],
+        capture_output=True,
+        encoding="utf-8",
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("VERDICT") == 1
+    assert evaluation_of(tmp_path / "model")["machine"].endswith("2 x cpu")
+    assert_same_embeddings(tmp_path / "model", TEXTS)
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+# ------------------------------------------------------------------------------------------------- batches
+
+
+def test_no_batch_holds_two_pairs_of_one_section_template_or_near_copy(chain):
+    words = ["".join(letters) for letters in itertools.product("abcd", "eiou", "klmn")]
+    copy = " ".join(words)
+    pairs = [Pair(f"anchor {word}", f"{word} is told", "", "x", f"{word}.md", f"Plan > {word}") for word in words]
+    pairs += [Pair(f"a{i}", f"p{i}", "", "x", "one.md", "One > Section") for i in range(5)]
+    pairs += [Pair(f"b{i}", f"q{i}", "", "x", f"t{i}.md", f"Sprint {i} > Results of sprint {i}") for i in range(5)]
+    pairs += [Pair(f"c{i}", f"{copy} and ending {i}", "", "x", f"n{i}.md", f"Copy > Of {words[i]}") for i in range(5)]
+    keys = run_finetuning.apart_keys(pairs)
+    plan = run_finetuning.plan_batches(keys, 8, 30, 1)
+    assert [len(batch) for batch in plan] == [8] * 30
+    for batch in plan:
+        kinds = [pairs[row].anchor[0] for row in batch if len(pairs[row].anchor) == 2]
+        assert len(kinds) == len(set(kinds))
+    assert {row for batch in plan for row in batch} == set(range(len(pairs)))
+    assert plan == run_finetuning.plan_batches(keys, 8, 30, 1) != run_finetuning.plan_batches(keys, 8, 30, 2)
+
+
+def test_pairs_that_all_share_a_section_still_make_batches():
+    keys = [frozenset({"section"})] * 5
+    assert [len(batch) for batch in run_finetuning.plan_batches(keys, 4, 3, 1)] == [1, 1, 1]
+
+
+def test_a_labelled_question_is_trained_on_more_often_than_another_pair(chain, tmp_path, monkeypatch):
+    data = shutil.copytree(chain.data, tmp_path / "data")
+    pairs = [pair._replace(strategy="question") for pair in run_finetuning.read_pairs(data)[:6]]
+    write_tsv(data / "training_data.tsv", pairs, Pair._fields)
+    seen = []
+    plan = run_finetuning.plan_batches
+    monkeypatch.setattr(run_finetuning, "plan_batches", lambda keys, *more: seen.append(len(keys)) or plan(keys, *more))
+    assert train(data, tmp_path / "model", chain.base) == 0
+    assert seen == [6 * config.QUESTION_WEIGHT]
 
 
 # ------------------------------------------------------------------------------------------------- wrong use
@@ -339,21 +420,93 @@ def test_the_ranks_of_a_model_are_those_of_its_cosines(chain):
     )
     scores = asked @ passages.T
     wanted = [1 + int((scores[i] > scores[i, i]).sum()) for i in range(len(queries))]
-    ranks = HeldOut(queries, corpus).ranks(model)
+    held_out = HeldOut(queries, corpus)
+    ranks = held_out.ranks(held_out.similarities(model))
     assert ranks.tolist() == [rank if rank <= 10 else 0 for rank in wanted]
 
 
-def test_the_queries_that_decide_are_not_those_that_choose_the_weights():
+def test_a_part_of_the_held_out_queries_keeps_their_answers_among_as_many_passages_as_asked():
     queries = queries_of(9)
     corpus = [CorpusPassage(f"answer {i}", "a.md") for i in range(9)] + [
         CorpusPassage(f"other {i}", "b.md") for i in range(50)
     ]
-    deciding, watched = HeldOut(queries, corpus).halves(20, 1)
-    assert len(deciding.queries) == 5 and len(watched.queries) == 4
-    assert not set(deciding.queries) & set(watched.queries)
-    assert len(deciding.passages) == 59 and len(watched.passages) == 20
-    for half in (deciding, watched):
-        assert [half.passages[place] for place in half.answers] == [query.positive for query in half.queries]
+    deciding, choosing = queries[run_finetuning.DECIDING], queries[run_finetuning.CHOOSING]
+    assert len(deciding) == 5 and len(choosing) == 4 and not set(deciding) & set(choosing)
+    for part, size in ((HeldOut(queries, corpus).part(choosing, 20, 1), 20), (HeldOut(queries, corpus), 59)):
+        assert len(part.passages) == size
+        assert [part.passages[place] for place in part.answers] == [query.positive for query in part.queries]
+
+
+def judged_models(monkeypatch, chain, tmp_path, before: float, after: float) -> Path:
+    """Data with 80 held-out queries whose answers the base finds with chance `before`, a tuned model with `after`."""
+    data = shutil.copytree(chain.data, tmp_path / "data")
+    looks = 2  # at the watched queries, one for each of train()'s steps
+    corpus = [CorpusPassage(f"answer {i}", "a.md") for i in range(80)]
+    write_tsv(data / "corpus.tsv", corpus, CorpusPassage._fields)
+    write_tsv(data / "evaluation_data.tsv", queries_of(80), Query._fields)
+    chances = iter([before, *[before] * looks, *[after] * 20])
+
+    def similarities(held_out, model):
+        scores = np.random.default_rng(1).random((len(held_out.queries), len(held_out.passages))).astype(np.float32)
+        found = np.random.default_rng(2).random(len(held_out.queries)) < next(chances)
+        scores[np.arange(len(found)), held_out.answers] = np.where(found, 2.0, -1.0)
+        return scores
+
+    monkeypatch.setattr(HeldOut, "similarities", similarities)
+    monkeypatch.setattr(run_finetuning, "choose_weights", lambda *_: (1.0, {}))
+    return data
+
+
+def test_a_model_that_searches_worse_than_the_base_is_not_shipped(chain, tmp_path, monkeypatch, capsys):
+    data = judged_models(monkeypatch, chain, tmp_path, 0.9, 0.2)
+    assert train(data, tmp_path / "model", chain.base) == 0
+    printed = capsys.readouterr().out
+    assert "the base is kept" in printed and VERDICT.search(printed.splitlines()[-1])[1] == "kept-base"
+    texts = ["Gece debisi yükselirse alarm verilir.", "KM-2.1"]
+    kept, base = (load_model(folder, "cpu").encode(texts) for folder in (tmp_path / "model", chain.base))
+    assert np.array_equal(kept, base)
+
+
+def test_a_model_worse_than_the_installed_one_replaces_it_only_by_force(chain, tmp_path, monkeypatch, capsys):
+    model = tmp_path / "model"
+    for chance, more, replaced in ((0.9, [], True), (0.6, [], False), (0.6, ["--force"], True), (0.8, [], True)):
+        with monkeypatch.context() as patch:
+            shutil.rmtree(tmp_path / "data", ignore_errors=True)
+            data = judged_models(patch, chain, tmp_path, 0.2, chance)
+            before = snapshot(model) if model.exists() else {}
+            assert train(data, model, chain.base, *more) == 0
+        printed = capsys.readouterr().out
+        assert ("not saved" in printed) != replaced and (snapshot(model) != before) == replaced, chance
+        assert VERDICT.search(printed.splitlines()[-1])[1] == "improved"
+
+
+def test_the_comparison_shows_kinds_languages_modes_and_the_biggest_changes(chain, tmp_path, monkeypatch, capsys):
+    data = judged_models(monkeypatch, chain, tmp_path, 0.2, 0.9)
+    assert train(data, tmp_path / "model", chain.base) == 0
+    printed = capsys.readouterr().out
+    for words in ("kind ", "language ", "(keyword)", "(hybrid)", "gained most: 'query", "rank beyond 10 -> 1"):
+        assert words in printed, words
+    evaluation = evaluation_of(tmp_path / "model")
+    assert set(evaluation["comparison"]["nDCG@10_by_mode"]) == {"keyword", "hybrid"}
+    assert 0 <= evaluation["search"]["semantic_weight"] <= 1
+    assert len(evaluation["held_out"]["ranks"]) == 80
+
+
+def test_too_few_queries_say_so_with_the_number_needed(capsys):
+    result = compare(queries_of(8), np.zeros(8, int), np.ones(8, int), False, 1)
+    run_finetuning.print_comparison(result)
+    printed = capsys.readouterr().out.splitlines()
+    assert result["verdict"] == "unknown"
+    assert "8 queries can not tell" in printed[-2] and "about 30 would" in printed[-2]
+    assert printed[-1].startswith("VERDICT unknown nDCG@10 0.000 -> 1.000")
+
+
+def test_the_weight_stays_near_the_built_in_one_unless_another_is_clearly_better():
+    rng = np.random.default_rng(1)
+    noise = {weight: rng.random(50) for weight in (0.0, 0.3, 1.0)}
+    assert run_finetuning.fitted_weight(noise | {0.3: noise[0.0] + rng.normal(-0.001, 0.1, 50)}) == 0.3
+    clear = {0.0: np.full(50, 0.2), 0.3: np.full(50, 0.3), 0.8: np.full(50, 0.6) + rng.random(50) / 10}
+    assert run_finetuning.fitted_weight(clear) == 0.8
 
 
 def test_an_answer_that_is_not_in_the_corpus_is_an_error():

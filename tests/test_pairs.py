@@ -85,7 +85,13 @@ def test_no_pair_is_there_twice_in_one_direction_or_the_other():
 
 @pytest.mark.parametrize("strategy", list(prepare.STRATEGIES))
 def test_template_lines_headings_and_rules_are_in_no_pair(strategy):
-    pairs = pairs_of(strategy, DOCUMENTS)
+    linked = {
+        "Ofis/baglantilar.md": "# Nereye bakmalı\n\nKurallar [bütçe notunda](../Planlama/butce.md#donanım) yazar.\n"
+    }
+    led = {
+        "Ofis/liste.md": "# Çanta\n\nSahaya çıkarken alınacaklar şunlardır:\n\n- yedek pil ve anahtar\n- şerit metre\n"
+    }
+    pairs = pairs_of(strategy, DOCUMENTS | linked | led)
     assert pairs
     assert not [text for pair in pairs for text in pair if TEMPLATE_LINE in text or "---" in text]
     assert not {"Görev takibi", "Teslim kuralları", "Bütçe"} & {positive for _, positive in pairs}
@@ -115,7 +121,7 @@ def sample():
     family = group_copies(passages)
     templates = find_templates(passages, family, config.TEMPLATE_DOCUMENTS)
     held_out = split_documents(passages, family, config.EVALUATION_SHARE, config.SEED)
-    queries, corpus = make_queries(passages, held_out, templates, config.MAX_EVALUATION_QUERIES, config.SEED)
+    queries, corpus = make_queries(passages, held_out, templates, [], config.MAX_EVALUATION_QUERIES, config.SEED)
     pairs, _ = make_pairs(passages, held_out, templates, list(prepare.STRATEGIES), 8, config.SEED)
     return passages, family, held_out, queries, corpus, pairs
 

@@ -1,0 +1,199 @@
+"""People's labelled questions, suggested ones, and those asked of a language model's server."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from conftest import DOCUMENTS, error_line, exit_status, write_documents
+
+import config
+import prepare_finetuning_data
+from prepare_finetuning_data import Candidate, language, read_corpus, read_pairs, read_queries, read_tsv, write_tsv
+
+QUESTIONS = [
+    ("Kutuların pili ne kadar dayanır?", "Planlama/mimari.md:7"),
+    ("how do I undo a broken release", "A failed release is rolled back by pointing the `current` link at the image."),
+    (
+        "Kim gözden geçirir?",
+        "Biten iş en az bir kişi tarafından gözden geçirilir. Gözden geçiren kişi bulguları karta yazar.",
+    ),
+    ("Hangi yıl?", "Bu cümle hiçbir belgede yoktur ve hiçbir zaman da olmamıştır."),
+]
+
+
+@pytest.fixture
+def prepare(tmp_path):
+    documents = write_documents(tmp_path / "project")
+
+    def run(*more) -> int:
+        arguments = ["--documents-root", documents, "--documents", "**/*.md", "--data-dir", tmp_path / "data"]
+        return exit_status(prepare_finetuning_data.main, [*arguments, *more])
+
+    run.data = tmp_path / "data"
+    run.data.mkdir()
+    return run
+
+
+def write_questions(data, questions) -> None:
+    rows = ["question\tpassage", *("\t".join(row) for row in questions)]
+    (data / "questions.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------- questions.tsv
+
+
+def test_questions_become_pairs_or_held_out_queries_by_their_document(prepare, capsys):
+    write_questions(prepare.data, QUESTIONS)
+    assert prepare() == 0
+    trained = {pair.anchor: pair.positive for pair in read_pairs(prepare.data) if pair.strategy == "question"}
+    asked = {query.query: query for query in read_queries(prepare.data) if query.strategy == "question"}
+    assert trained.keys().isdisjoint(asked)
+    answers = trained | {name: query.positive for name, query in asked.items()}
+    assert answers.keys() == {question for question, _ in QUESTIONS[:3]}
+    assert "pil ile çalışır" in answers[QUESTIONS[0][0]]
+    assert "rolled back" in answers[QUESTIONS[1][0]]
+    assert "gözden geçirilir" in answers[QUESTIONS[2][0]]
+    corpus = {row.passage for row in read_corpus(prepare.data)}
+    assert {query.positive for query in asked.values()} <= corpus
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warned) == 1 and "questions.tsv:5" in warned[0]
+
+
+def test_every_document_can_be_the_one_that_decides(prepare):
+    """With other seeds other documents are held out; a question follows its document."""
+    write_questions(prepare.data, QUESTIONS[:1])
+    sides = set()
+    for seed in range(12):
+        assert prepare("--seed", seed) == 0
+        held_out = {query.query for query in read_queries(prepare.data)}
+        trained = {pair.anchor for pair in read_pairs(prepare.data)}
+        assert (QUESTIONS[0][0] in held_out) != (QUESTIONS[0][0] in trained)
+        sides.add(QUESTIONS[0][0] in held_out)
+    assert sides == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("soru\tcevap\na\tb\n", "question"),
+        ("question\tpassage\nonly one column\n", "questions.tsv:2"),
+        ("question\tpassage\na\tb\tc\n", "questions.tsv:2"),
+        (b"question\tpassage\n\xff\xfe\tb\n", "UTF-8"),
+    ],
+)
+def test_a_broken_questions_file_is_one_line_that_names_the_place(prepare, capsys, content, named):
+    path = prepare.data / "questions.tsv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = path.read_bytes()
+    assert prepare() == 2
+    assert named in error_line(capsys.readouterr().err)
+    assert path.read_bytes() == before
+
+
+# -------------------------------------------------------------------------------------- suggested questions
+
+
+def candidates(data) -> list[Candidate]:
+    return read_tsv(data / "question_candidates.tsv", Candidate)
+
+
+def test_suggestions_are_in_the_documents_language_and_no_template_junk(prepare):
+    assert prepare("--suggest-questions") == 0
+    rows = candidates(prepare.data)
+    assert not (prepare.data / "training_data.tsv").exists()
+    questions = {row.question: row.source_file for row in rows}
+    assert "KM-1.1 için Açıklama nedir?" in questions
+    assert "What is Leak index?" in questions
+    assert all(not row.accept for row in rows)
+    for question, file in questions.items():
+        assert question.startswith("What ") == file.startswith("Docs/") or file == "Docs/lisans_notu_kopya.md"
+    assert len({row.passage for row in rows}) == len(rows)
+
+
+def test_accepted_suggestions_are_used_and_marks_survive_another_suggestion(prepare):
+    assert prepare("--suggest-questions") == 0
+    rows = candidates(prepare.data)
+    marked = [row._replace(accept="x", question=f"{row.question} Edited {i}") for i, row in enumerate(rows[:2])]
+    refused = rows[2]._replace(accept="no")
+    write_tsv(prepare.data / "question_candidates.tsv", [*marked, refused, *rows[3:]], Candidate._fields)
+    assert prepare() == 0
+    used = {pair.anchor for pair in read_pairs(prepare.data) if pair.strategy == "question"}
+    used |= {query.query for query in read_queries(prepare.data) if query.strategy == "question"}
+    assert used == {row.question for row in marked}
+    assert prepare("--suggest-questions") == 0
+    again = candidates(prepare.data)
+    assert again[:3] == [*marked, refused]
+    assert len({row.passage for row in again}) == len(again)
+
+
+def test_the_language_of_a_text():
+    texts = [*DOCUMENTS.values()]
+    assert {language(text) for text in texts} == {"tr", "en"}
+    assert language("KM-2.1") == "other"
+    assert language("gorevler her sabah panoda takip edilir ve sonra konusulur") == "tr"
+
+
+# ------------------------------------------------------------------------------------- a server that answers
+
+
+@pytest.fixture
+def server():
+    """An OpenAI-compatible server on this machine; server.fail_after answers it breaks down."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            own.asked.append(body)
+            broken = len(own.asked) > own.fail_after
+            reply = {"choices": [{"message": {"content": f" <think>hm</think> Soru\t{len(own.asked)}? \n"}}]}
+            self.send_response(500 if broken else 200)
+            self.end_headers()
+            self.wfile.write(json.dumps(reply).encode())
+
+        def log_message(self, *_):
+            pass
+
+    own = HTTPServer(("127.0.0.1", 0), Handler)
+    own.asked, own.fail_after = [], 10_000
+    own.url = f"http://127.0.0.1:{own.server_port}/v1"
+    threading.Thread(target=own.serve_forever, daemon=True).start()
+    yield own
+    own.shutdown()
+    own.server_close()
+
+
+def test_a_server_is_asked_once_for_each_passage_and_what_it_answered_survives_its_failure(
+    prepare, server, capsys, monkeypatch
+):
+    monkeypatch.setattr(config, "MAX_QUESTION_CANDIDATES", 6)
+    ask = ["--question-endpoint", server.url, "--question-model", "small"]
+    server.fail_after = 4
+    assert prepare(*ask) == 2
+    assert server.url in error_line(capsys.readouterr().err)
+    assert len(server.asked) == 5
+    with (prepare.data / "question_answers.jsonl").open("a", encoding="utf-8") as file:
+        file.write('\n{"passage": "torn')  # as a kill would leave it
+    server.fail_after = 10_000
+    assert prepare(*ask) == 0
+    assert len(server.asked) == 7, "four answers were kept"
+    assert prepare(*ask) == 0
+    assert len(server.asked) == 7, "nothing is asked twice"
+    rows = candidates(prepare.data)
+    assert len(rows) == 6
+    assert {row.question for row in rows} == {f"Soru {number}?" for number in (1, 2, 3, 4, 6, 7)}
+    assert server.asked[0]["model"] == "small"
+    assert rows[0].passage in server.asked[0]["messages"][0]["content"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--question-endpoint", "file:///etc/passwd", "--question-model", "x"],
+        ["--question-endpoint", "http://127.0.0.1:9/v1", "--question-model", "x"],
+        ["--question-endpoint", "http://127.0.0.1:9/v1"],
+    ],
+)
+def test_a_server_that_is_not_there_is_one_line(prepare, capsys, arguments):
+    assert prepare(*arguments) == 2
+    assert "--question" in error_line(capsys.readouterr().err) or "127.0.0.1:9" in arguments[1]
