@@ -697,12 +697,7 @@ def make_queries(
     """
     rng = random.Random(seed)
     distinct = list({(passage.heading, passage.text): passage for passage in reversed(passages)}.values())[::-1]
-    holders: dict[str, list[Passage]] = defaultdict(list)
-    for passage in distinct:
-        for term in dict.fromkeys(find_terms(passage.text)):
-            holders[term].append(passage)
-    few = {term: own for term, own in holders.items() if len(own) <= 3}
-    holders = {term: own for term, own in few.items() if all(one.source_file in held_out for one in own)}
+    holders = term_holders(distinct, held_out)
     queries: list[Query] = []
     in_corpus: dict[Passage, str | None] = {}
     asked_shingles: set[int] = set()
@@ -737,6 +732,16 @@ def make_queries(
 
 
 Holders = dict[str, list[Passage]]
+
+
+def term_holders(distinct: list[Passage], held_out: set[str], max_holders: int = 3) -> Holders:
+    """Return the terms that few passages hold, all of them held out, with these passages."""
+    holders: Holders = defaultdict(list)
+    for passage in distinct:
+        for term in dict.fromkeys(find_terms(passage.text)):
+            holders[term].append(passage)
+    few = {term: own for term, own in holders.items() if len(own) <= max_holders}
+    return {term: own for term, own in few.items() if all(passage.source_file in held_out for passage in own)}
 
 
 def ask_heading(passage: Passage, templates: set[str], holders: Holders, rng: random.Random) -> tuple[str, str] | None:
