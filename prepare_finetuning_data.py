@@ -696,12 +696,13 @@ def make_queries(
     term, are left out of it, so that a query finds neither itself nor a second right answer.
     """
     rng = random.Random(seed)
-    distinct = list({(passage.heading, passage.text): passage for passage in reversed(passages)}.values())[::-1]
+    first = {(passage.heading, passage.text): passage for passage in reversed(passages)}
+    distinct = list(first.values())[::-1]
     holders = term_holders(distinct, held_out)
     queries: list[Query] = []
     in_corpus: dict[Passage, str | None] = {}
     asked_shingles: set[int] = set()
-    for question, passage in labelled:
+    for question, passage in ((question, first[answer.heading, answer.text]) for question, answer in labelled):
         if passage.source_file in held_out and len(queries) < max_queries / 2:
             queries.append(Query(question, " ".join(passage.model_text.split()), "question", passage.source_file))
             in_corpus[passage] = queries[-1].positive

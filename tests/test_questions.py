@@ -73,6 +73,15 @@ def test_every_document_can_be_the_one_that_decides(prepare):
     assert sides == {True, False}
 
 
+def test_a_question_about_a_copy_is_asked_of_the_passage_that_stands_for_both(prepare):
+    write_questions(prepare.data, [("kopyalamak için ne gerekir?", "Ofis/lisans_notu.md:3")])
+    for seed in range(6):
+        assert prepare("--seed", seed) == 0
+        corpus = [row.passage for row in read_corpus(prepare.data)]
+        for query in read_queries(prepare.data):
+            assert corpus.count(query.positive) == 1
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [
