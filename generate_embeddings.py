@@ -135,7 +135,7 @@ def load_encoder(model: dict, index_dir: Path) -> Encoder:
             f"the model {model['name']} is gone or has changed since {index_dir} was made;"
             " run generate_embeddings.py again (keyword search still works: --mode keyword)"
         )
-    return Encoder(folder)
+    return Encoder(folder, threads=1)
 
 
 # -------------------------------------------------------------------------------------------- the vectors
@@ -371,6 +371,7 @@ class Index:
         """The FAISS index."""
         import faiss
 
+        faiss.omp_set_num_threads(1)  # one query gains nothing by more, and threads that wait for work take the cores
         index = faiss.read_index(str(checked_file(self.folder, self.header, "embeddings")))
         if index.ntotal != len(self.passages):
             raise UserError(damaged(self.folder / METADATA))

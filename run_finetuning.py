@@ -260,7 +260,7 @@ WORD_PART = re.compile(r"[^\W_]+")
 CAMEL = re.compile(r"(?<=[a-zçğıöşü0-9])(?=[A-ZÇĞİÖŞÜ])")
 ENDING = re.compile(r"(?<=\w)['’][^\W_]+")  # API'nin, don't
 MAX_QUERY_WORDS = 64
-MAX_POSTINGS = 40_000  # beyond, a query's commonest words are left out: they tell least and take nearly all the time
+MAX_POSTINGS = 10_000  # beyond, a query's commonest words are left out: they tell least and take nearly all the time
 PREFIX_LETTERS = 6  # Turkish hangs its endings on the stem: the first letters are nearly always the stem
 FUNCTION_WORDS = """
 ne neden nasıl nedir neler nelerdir hangi hangisi kim kimdir kimin kimler kaç nerede nereden nereye niçin niye mi mı mu
@@ -317,7 +317,7 @@ def write_keywords(path: Path | str, passages: Iterable[tuple[str, str]]) -> sql
 def keyword_rows(passages: Iterable[tuple[str, str]]) -> Iterator[tuple[int, str, str, str]]:
     for row, (heading, text) in enumerate(passages, 1):
         exact, stems = keyword_terms(text)
-        names = [name for _, name, _ in words_and_names(heading) if name]
+        names = [name for _, name, _ in words_and_names(heading) if name] * 3  # "KM-2.1: …" before what mentions it
         yield row, " ".join(keyword_terms(heading)[1] + names), " ".join(stems), " ".join(exact)
 
 
@@ -719,16 +719,20 @@ def export_onnx(model, folder: Path, texts: list[str]) -> None:
 class Encoder:
     """A model folder's ONNX pipeline: what the index and the search embed with; needs no torch.
 
+    threads: 0 for all cores; one is as fast for single short texts, and leaves the others to what comes next.
+
     Raises:
         UserError: the folder lacks a file or holds a damaged one.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, threads: int = 0):
         import onnxruntime
 
         try:
             self.tokenizer, self.window = load_tokenizer(folder)
-            self.session = onnxruntime.InferenceSession(str(folder / "onnx" / "model.onnx"))
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            self.session = onnxruntime.InferenceSession(str(folder / "onnx" / "model.onnx"), options)
             body = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except Exception as error:  # onnxruntime and tokenizers raise bare Exceptions
             reason = str(error).splitlines()[0]
