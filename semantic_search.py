@@ -534,6 +534,8 @@ def print_answer(console, index: Index, answer: dict) -> None:
     """Print an answer for people; a task's results stand under its needs and by document."""
     texts = [need["text"] for need in answer.get("needs", [])] or [answer["query"]]
     words = [word for text in texts for word in query_words(index.keywords, text)]
+    if answer.get("entry"):
+        print_needs(console, index, answer)
     if not answer["relevant"]:
         print("nothing relevant found")
         if answer["results"]:
@@ -544,7 +546,8 @@ def print_answer(console, index: Index, answer: dict) -> None:
         for result in answer["results"]:
             print_result(console, index, result, words)
         return
-    print_needs(console, index, answer)
+    if not answer["entry"]:
+        print_needs(console, index, answer)
     for document in answer["documents"]:
         covers = ", ".join(str(need + 1) for need in document["needs"]) or "none of the needs by itself"
         console.print(f"{document['source_file']}  covers {covers}", style="bold", soft_wrap=True)
