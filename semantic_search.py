@@ -46,6 +46,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 import config
 from config import UserError
 from generate_embeddings import Index, load_index
@@ -123,17 +125,21 @@ def score_passages(index: Index, query: str, request: Request) -> Scored:
     vector = index.encoder.encode([query])
     scores, places = index.vectors.search(vector, count)
     cosines = {int(place): float(score) for place, score in zip(places[0], scores[0], strict=True) if place >= 0}
-    background = index.sample_vectors @ vector[0]
+    background = cosines_of(index.sample_vectors, vector[0])
     mean, deviation = float(background.mean()), float(background.std())
     if request.mode == "semantic":
         return Scored(words, cosines, bm25, cosines, mean, deviation, 1.0)
     if lost := [place for place in bm25 if place not in cosines]:
-        cosines |= zip(lost, (index.vectors.reconstruct_batch(lost) @ vector[0]).tolist(), strict=True)
+        cosines |= zip(lost, cosines_of(index.vectors.reconstruct_batch(lost), vector[0]).tolist(), strict=True)
     weight = request.semantic_weight
     if weight is None:
         weight = index.header["search"].get("semantic_weight", DEFAULT_SEMANTIC_WEIGHT)
     ranking = combined_scores(cosines, bm25, mean, deviation, weight)
     return Scored(words, cosines, bm25, ranking, mean, deviation, weight)
+
+
+def cosines_of(vectors: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    return np.einsum("ij,j->i", vectors, vector)  # for so few, waking the threads of @ takes longer than the product
 
 
 def relevances(index: Index, searches: list[Scored], place: int) -> list[float]:
@@ -453,11 +459,11 @@ def location(index: Index, source_file: str, line: int) -> str:
     return f"{path.relative_to(Path.cwd()) if inside else path}:{line}"
 
 
-def marked(text: str, words: list[QueryWord]):
+def marked(text: str, words: list[QueryWord], style: str = ""):
     """Return a text for the console with the query's words and names marked."""
     from rich.text import Text
 
-    shown = Text(text)
+    shown = Text(text, style)
     for start, end in matches(words, text):
         shown.stylize("bold yellow", start, end)
     return shown
@@ -497,7 +503,7 @@ def print_result(console, index: Index, result: dict, words: list[QueryWord]) ->
     relevance_shown = (f"  relevance {result['relevance']:.2f}", "dim")
     console.print(Text.assemble((f"{result['rank']}. ", "bold"), (place, "cyan"), relevance_shown), soft_wrap=True)
     room = EXCERPT_LINES * (console.width - INDENT)
-    parts = [Text(CONTROL.sub("", result["heading"]), "dim")]
+    parts = [marked(CONTROL.sub("", result["heading"]), words, "dim")]
     around = sorted([*result.get("context", []), result], key=lambda passage: passage["chunk_index"])
     for passage in around:
         if passage is result:
