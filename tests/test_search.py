@@ -740,7 +740,8 @@ def test_lines_keep_to_the_width_with_wide_letters(index_of, capsys):
 
     text = "設定画面で言語を選び保存を押してから再起動します kapak " * 12
     index = index_of({"a.md": f"# 設定の長い見出し {'と説明' * 30}\n\n{text}\n"})
-    assert exit_status(semantic_search.main, ["--mode", "keyword", "--index-dir", index.folder, "kapak"]) == 0
+    arguments = ["--mode", "keyword", "--min-relevance", "0", "--index-dir", index.folder, "kapak"]
+    assert exit_status(semantic_search.main, arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 3 and max(cell_len(line) for line in lines[1:]) <= 100
     assert all(line == line.rstrip() for line in lines)
