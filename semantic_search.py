@@ -31,6 +31,7 @@ Exit status: 0 something relevant was found, 1 nothing was, 2 an error, 130 Ctrl
 """
 
 import argparse
+import atexit
 import contextlib
 import functools
 import itertools
@@ -42,7 +43,6 @@ import shlex
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,20 +87,15 @@ class Request(NamedTuple):
 class Scored(NamedTuple):
     """The scores of one query, by place in index.passages; ranking is what the results are ordered by.
 
-    mean, deviation: of the cosines over the whole index.
+    similarities: the cosines in standard deviations over the whole index.
     """
 
     words: list[QueryWord]
     cosines: dict[int, float]
     bm25: dict[int, float]
     ranking: dict[int, float]
-    mean: float = 0.0
-    deviation: float = 1.0
-    semantic_weight: float = 0.0
-
-    def similarity(self, place: int) -> float | None:
-        """The cosine in standard deviations over the index, if it is known."""
-        return (self.cosines[place] - self.mean) / (self.deviation or 1.0) if place in self.cosines else None
+    similarities: dict[int, float]
+    semantic_weight: float
 
 
 @functools.cache
@@ -119,23 +114,24 @@ def score_passages(index: Index, query: str, request: Request) -> Scored:
     words = query_words(index.keywords, query)
     bm25 = keyword_scores(index.keywords, query, count)
     if request.mode == "keyword":
-        return Scored(words, {}, bm25, bm25)
+        return Scored(words, {}, bm25, bm25, {}, 0.0)
     if request.mode != "semantic" and not can_embed(index):
-        return Scored(words, {}, bm25, standard_scores(bm25))
+        return Scored(words, {}, bm25, standard_scores(bm25), {}, 0.0)
     vector = index.encoder.encode([query])
     scores, places = index.vectors.search(vector, count)
     cosines = {int(place): float(score) for place, score in zip(places[0], scores[0], strict=True) if place >= 0}
+    lost = [place for place in bm25 if place not in cosines and request.mode != "semantic"]
+    if lost:
+        cosines |= zip(lost, cosines_of(index.vectors.reconstruct_batch(lost), vector[0]).tolist(), strict=True)
     background = cosines_of(index.sample_vectors, vector[0])
     mean, deviation = float(background.mean()), float(background.std())
+    similarities = {place: (cosine - mean) / (deviation or 1.0) for place, cosine in cosines.items()}
     if request.mode == "semantic":
-        return Scored(words, cosines, bm25, cosines, mean, deviation, 1.0)
-    if lost := [place for place in bm25 if place not in cosines]:
-        cosines |= zip(lost, cosines_of(index.vectors.reconstruct_batch(lost), vector[0]).tolist(), strict=True)
+        return Scored(words, cosines, bm25, cosines, similarities, 1.0)
     weight = request.semantic_weight
     if weight is None:
         weight = index.header["search"].get("semantic_weight", DEFAULT_SEMANTIC_WEIGHT)
-    ranking = combined_scores(cosines, bm25, mean, deviation, weight)
-    return Scored(words, cosines, bm25, ranking, mean, deviation, weight)
+    return Scored(words, cosines, bm25, combined_scores(cosines, bm25, mean, deviation, weight), similarities, weight)
 
 
 def cosines_of(vectors: np.ndarray, vector: np.ndarray) -> np.ndarray:
@@ -144,12 +140,17 @@ def cosines_of(vectors: np.ndarray, vector: np.ndarray) -> np.ndarray:
 
 def relevances(index: Index, searches: list[Scored], place: int) -> list[float]:
     """Return how relevant a passage is to each of the queries, from 0 to 1."""
-    passage = index.passages[place]
-    exact, stems = map(set, keyword_terms(". ".join([*passage["heading"], passage["text"]])))
+    exact, stems = passage_terms(index.passages[place])
     return [
-        relevance(one.words, exact, stems, one.bm25.get(place, 0.0), one.similarity(place), len(index.passages))
+        relevance(one.words, exact, stems, one.bm25.get(place, 0.0), one.similarities.get(place), len(index.passages))
         for one in searches
     ]
+
+
+def passage_terms(passage: dict) -> tuple[set[str], set[str]]:
+    """Return the keyword_terms of a passage and its headings: whole words and names, and stems."""
+    exact, stems = keyword_terms(". ".join([*passage["heading"], passage["text"]]))
+    return set(exact), set(stems)
 
 
 # -------------------------------------------------------------------------------------------- the answers
@@ -241,10 +242,9 @@ def neighbours(index: Index, place: int, count: int) -> list[dict]:
 
 def explain(index: Index, place: int, scored: Scored) -> dict:
     """Return what a result's score is made of: each arm's own score, its standard score, and the words found."""
-    passage = index.passages[place]
-    exact, stems = map(set, keyword_terms(". ".join([*passage["heading"], passage["text"]])))
+    exact, stems = passage_terms(index.passages[place])
     found = [word.word for word in scored.words if word.is_in(exact, stems)]
-    similarity, weight, combined = scored.similarity(place), scored.semantic_weight, scored.ranking.get(place)
+    similarity, weight, combined = scored.similarities.get(place), scored.semantic_weight, scored.ranking.get(place)
     by_words = None
     if similarity is not None and weight < 1 and combined is not None:
         by_words = (combined - weight * similarity) / (1 - weight)
@@ -660,44 +660,37 @@ load_other = functools.cache(load_index)
 def prompt(index: Index, request: Request, options: argparse.Namespace) -> bool:
     """Answer line by line until an empty line or Ctrl-D; tell whether anything relevant was found."""
     found, results = False, []
-    with history(index.folder / ".search-history"):
-        while True:
-            try:
-                line = input("search> " if sys.stdout.isatty() else "").strip()  # a file holds the answers alone
-            except EOFError:
-                print(file=sys.stderr)
-                return found
-            if not line:
-                return found
-            try:
-                if line.startswith(":"):
-                    request = command(index, line, request, results)
-                else:
-                    answer = answer_query(index, line, request, options)
-                    found, results = found or answer["relevant"], answer["results"]
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
-            except KeyboardInterrupt:
-                print("stopped", file=sys.stderr)
+    remember_lines(index.folder / ".search-history")
+    while True:
+        try:
+            line = input("search> " if sys.stdout.isatty() else "").strip()  # a file holds the answers alone
+        except EOFError:
+            print(file=sys.stderr)
+            return found
+        if not line:
+            return found
+        try:
+            if line.startswith(":"):
+                request = command(index, line, request, results)
+            else:
+                answer = answer_query(index, line, request, options)
+                found, results = found or answer["relevant"], answer["results"]
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
 
 
-@contextlib.contextmanager
-def history(path: Path) -> Iterator[None]:
+def remember_lines(path: Path) -> None:
     """Have the prompt remember its lines in a file, where the system has readline and the folder may be written."""
-    try:
+    with contextlib.suppress(ImportError, OSError):
         import readline
-    except ImportError:
-        yield
-        return
-    readline.parse_and_bind("tab: self-insert")  # no completion
-    readline.set_history_length(1000)
-    with contextlib.suppress(OSError):
+
+        readline.parse_and_bind("tab: self-insert")  # no completion
+        readline.set_history_length(1000)
+        path.touch()
         readline.read_history_file(path)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            readline.write_history_file(path)
+        atexit.register(readline.write_history_file, path)
 
 
 def command(index: Index, line: str, request: Request, results: list[dict]) -> Request:
@@ -723,11 +716,7 @@ def open_in_editor(index: Index, result: dict) -> None:
     if not editor:
         raise UserError("EDITOR is not set; set it, for example: export EDITOR=nano")
     path, line = location(index, result["source_file"], result["start_line"]).rsplit(":", 1)
-    kind = Path(editor[0]).stem
-    if kind in ("code", "codium", "cursor"):
-        place = ["--goto", f"{path}:{line}"]
-    else:
-        place = [f"{path}:{line}"] if kind in ("subl", "zed", "hx") else [f"+{line}", path]
+    place = ["--goto", f"{path}:{line}"] if Path(editor[0]).stem in ("code", "codium", "cursor") else [f"+{line}", path]
     try:
         subprocess.run([*editor, *place], check=False)
     except OSError as error:
