@@ -537,7 +537,7 @@ def explanation(values: dict) -> str:
 
 
 def print_answer(console, index: Index, answer: dict) -> None:
-    """Print an answer for people; a task's results stand under its needs and by document."""
+    """Print an answer for people; the results of a task with several needs stand under these and by document."""
     texts = [need["text"] for need in answer.get("needs", [])] or [answer["query"]]
     words = [word for text in texts for word in query_words(index.keywords, text)]
     if answer.get("entry"):
@@ -548,7 +548,7 @@ def print_answer(console, index: Index, answer: dict) -> None:
             best = max(result["relevance"] for result in answer["results"])
             print(f"(the nearest has relevance {best:.2f}; --min-relevance 0 shows it)", file=sys.stderr)
         return
-    if answer["mode"] != "task":
+    if answer["mode"] != "task" or (len(answer["needs"]) == 1 and not answer["entry"]):
         for result in answer["results"]:
             print_result(console, index, result, words)
         return
