@@ -18,11 +18,12 @@ Only passages that are new are embedded; the others keep their vectors. Files wr
     metadata-<id>.json       an earlier index kept as a backup, with its two files (config.INDEX_BACKUPS)
     encoder-<fingerprint>/   the ONNX form of a model whose own folder has none (a base model)
 
-metadata.json: {"checksum": SHA-256 of all lines below the first, "format": 1, "id", "created", "documents_root",
+metadata.json: {"checksum": SHA-256 of all lines below the first, "format": 2, "id", "created", "documents_root",
 "max_passage_chars", "passage_count", "documents": {source_file: [bytes, modified in ns, SHA-256]}, "model": {"name",
-"folder" relative to the index, "fingerprint", "onnx": [bytes, modified in ns, SHA-256]}, "dimensions", "files":
-{"embeddings" or "keywords": [name, bytes, SHA-256]}, "passages": [{"id", "source_file", "also_in": [other files with
-the same text], "heading": [path], "chunk_index", "start_line", "end_line", "text", "hash"}, one a line]}
+"folder" relative to the index, "fingerprint", "onnx": [bytes, modified in ns, SHA-256]}, "search": {"semantic_weight"}
+(as the model's evaluation.json has it, or {}), "dimensions", "files": {"embeddings" or "keywords": [name, bytes,
+SHA-256]}, "passages": [{"id", "source_file", "also_in": [other files with the same text], "heading": [path],
+"chunk_index", "start_line", "end_line", "text", "hash"}, one a line]}
 """
 
 import argparse
@@ -36,7 +37,7 @@ import sqlite3
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -56,9 +57,9 @@ from prepare_finetuning_data import (
     sha256_of,
     text_for_model,
 )
-from run_finetuning import Encoder, export_onnx, load_model, model_fingerprint, write_keywords
+from run_finetuning import Encoder, export_onnx, load_model, model_fingerprint, read_json, write_keywords
 
-FORMAT = 1
+FORMAT = 2
 METADATA = "metadata.json"
 
 # ----------------------------------------------------------------------------------------- the passages
@@ -134,7 +135,7 @@ def load_encoder(model: dict, index_dir: Path) -> Encoder:
             f"the model {model['name']} is gone or has changed since {index_dir} was made;"
             " run generate_embeddings.py again (keyword search still works: --mode keyword)"
         )
-    return Encoder(folder)
+    return Encoder(folder, threads=1)
 
 
 # -------------------------------------------------------------------------------------------- the vectors
@@ -294,7 +295,24 @@ def write_metadata(path: Path, header: dict, records: list[dict]) -> None:
     path.write_bytes(b'{"checksum": "%s",\n' % hashlib.sha256(body).hexdigest().encode() + body)
 
 
-def read_metadata(path: Path) -> tuple[dict, list[dict]]:
+class Passages(Sequence):
+    """The passages of metadata.json, each parsed when it is asked for: a search shows few of very many."""
+
+    def __init__(self, content: bytes):
+        self.content = content
+        self.line_ends = np.flatnonzero(np.frombuffer(content, dtype=np.uint8) == ord("\n"))
+
+    def __len__(self) -> int:
+        return max(0, len(self.line_ends) - 3)  # two lines stand before them and one behind
+
+    def __getitem__(self, place: int) -> dict:
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        line = self.content[self.line_ends[place + 1] + 1 : self.line_ends[place + 2]]
+        return orjson.loads(line.removesuffix(b","))
+
+
+def read_metadata(path: Path) -> tuple[dict, Passages]:
     """Return the header and the passages of metadata.json.
 
     Raises:
@@ -305,8 +323,7 @@ def read_metadata(path: Path) -> tuple[dict, list[dict]]:
     first, _, body = content.partition(b"\n")
     if hashlib.sha256(body).hexdigest().encode() not in first:
         raise UserError(damaged(path))
-    whole = orjson.loads(content)
-    return header, whole["passages"]
+    return header, Passages(content)
 
 
 def read_header(path: Path) -> dict:
@@ -354,6 +371,7 @@ class Index:
         """The FAISS index."""
         import faiss
 
+        faiss.omp_set_num_threads(1)  # one query gains nothing by more, and threads that wait for work take the cores
         index = faiss.read_index(str(checked_file(self.folder, self.header, "embeddings")))
         if index.ntotal != len(self.passages):
             raise UserError(damaged(self.folder / METADATA))
@@ -422,6 +440,8 @@ def reasons_to_build(index_dir: Path, wanted: dict) -> list[str]:
         found.append("the model changed")
     elif file_changed(onnx_file(index_dir / before["model"]["folder"]), before["model"]["onnx"]):
         found.append("the model's ONNX form is gone or changed")
+    if before["search"] != wanted["search"]:
+        found.append("the weights fitted for the search changed")
     old, new = before["documents"], wanted["documents"]
     for words, names in (
         ("added", [name for name in new if name not in old]),
@@ -477,6 +497,7 @@ def main(argv: list[str] | None = None) -> int:
         "max_passage_chars": config.MAX_PASSAGE_CHARS,
         "documents": document_states(options.documents_root, paths),
         "model": {"name": options.model, "fingerprint": model_fingerprint(model_folder)},
+        "search": read_json(model_folder / "evaluation.json").get("search", {}),
     }
     reasons = reasons_to_build(index_dir, wanted)
     if options.check or not reasons:

@@ -8,76 +8,300 @@
 
     python semantic_search.py "görevler nasıl takip edilir?"
     python semantic_search.py --mode task --top-k 8 "CUDA PoC raporunu incele ve mimari açıdan değerlendir"
-    python semantic_search.py                            # a prompt; an empty line ends it
+    python semantic_search.py --mode task KM-2.1         # what helps with a task that the documents define
+    python semantic_search.py --compare embeddings_base "görev takibi"
+    python semantic_search.py                            # a prompt; :help tells its commands, Ctrl-D ends it
     python semantic_search.py --json < queries.txt       # one query a line, one JSON object a line
 
-From Python, each returns a list of dicts with score, id, source_file, chunk_index, text and more, best first:
+One JSON object: {"query", "mode", "relevant": is the best relevance at least --min-relevance, "results": [{"rank",
+"score", "relevance", "id", "source_file", "also_in": [files with the same text], "near_copies": ["file:line"],
+"heading", "chunk_index", "start_line", "end_line", "text"}]}; --context and --explain add "context" and "explain" to a
+result. --mode task adds "needs": [{"text", "covered_by": [{"source_file", "start_line", "relevance"}]}], "documents":
+[{"source_file", "needs", "results": [ranks]}], "entry" (the task's own passage, or null), and to each result "needs",
+the places of those needs that it covers. --compare adds "other": {"index_dir", "relevant", "results"} and to each
+result "other_rank".
+
+From Python, each returns the list of results, best first:
 
     from semantic_search import semantic_search, keyword_search, hybrid_search, get_contextual_assistance_for_task
     for result in semantic_search("görevler nasıl takip edilir?", 5):
         print(result["score"], result["source_file"], result["text"])
 
-Exit status: 0 something was found, 1 nothing was, 2 an error, 130 Ctrl-C.
+Exit status: 0 something relevant was found, 1 nothing was, 2 an error, 130 Ctrl-C.
 """
 
 import argparse
+import atexit
+import contextlib
 import functools
+import itertools
 import json
 import math
+import os
 import re
-import shutil
+import shlex
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 import config
 from config import UserError
 from generate_embeddings import Index, load_index
 from prepare_finetuning_data import plain_text, sentences, warn
-from run_finetuning import combined_scores, keyword_scores
+from run_finetuning import (
+    CANDIDATES,
+    DEFAULT_SEMANTIC_WEIGHT,
+    QueryWord,
+    combined_scores,
+    keyword_scores,
+    keyword_terms,
+    query_words,
+    relevance,
+    standard_scores,
+    words_and_names,
+)
 
-CANDIDATES = 200  # passages that each of the two arms puts up for the hybrid search
+MODES = ("semantic", "keyword", "hybrid", "task")
 MAX_QUERY_CHARS = 20_000
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # a document must not steer the terminal
 MAX_NEEDS = 16  # pieces that a long task description is searched in
+JUDGED = 5  # the first results, which decide whether anything relevant was found
 
 # ---------------------------------------------------------------------------------------- scores of passages
 
 
-def semantic_scores(index: Index, query: str, count: int) -> dict[int, float]:
-    """Return the cosine similarity of the `count` nearest passages, by place in index.passages."""
-    scores, places = index.vectors.search(index.encoder.encode([query]), min(count, len(index.passages)))
-    return {int(place): float(score) for place, score in zip(places[0], scores[0], strict=True) if place >= 0}
+class Request(NamedTuple):
+    """How to search; semantic_weight None: the one fitted for the index."""
+
+    mode: str
+    top_k: int
+    semantic_weight: float | None = None
+    min_relevance: float = 0.0
+    context: int = 0
+    explain: bool = False
 
 
-def hybrid_scores(index: Index, query: str, count: int, semantic_weight: float) -> dict[int, float]:
-    """Return combined_scores of the best `count` passages of each arm, by place in index.passages."""
-    words = keyword_scores(index.keywords, query, count)
-    vector = index.encoder.encode([query])
-    scores, places = index.vectors.search(vector, min(count, len(index.passages)))
-    meaning = {int(place): float(score) for place, score in zip(places[0], scores[0], strict=True) if place >= 0}
-    if lost := [place for place in words if place not in meaning]:
-        meaning |= zip(lost, (index.vectors.reconstruct_batch(lost) @ vector[0]).tolist(), strict=True)
-    background = index.sample_vectors @ vector[0]
-    return combined_scores(meaning, words, float(background.mean()), float(background.std()), semantic_weight)
+class Scored(NamedTuple):
+    """The scores of one query, by place in index.passages; ranking is what the results are ordered by.
 
-
-def task_scores(index: Index, task: str, count: int, semantic_weight: float) -> dict[int, float]:
-    """Return the hybrid scores of a task description, searched whole and need by need.
-
-    A model reads only its window of a long text, and one vector blurs several needs: each passage gets its score for
-    the whole description and half its best one for a single need.
+    similarities: the cosines in standard deviations over the whole index.
     """
-    whole = hybrid_scores(index, task, count, semantic_weight)
-    needs = split_needs(task)
-    if len(needs) < 4:  # two or three sentences are one need more often than not
-        return whole
-    best: dict[int, float] = {}
-    for need in needs:
-        for place, score in hybrid_scores(index, need, count, semantic_weight).items():
-            best[place] = max(best.get(place, -math.inf), score)
-    floor = min(whole.values(), default=0.0)
-    return {place: whole.get(place, floor) + score / 2 for place, score in best.items()}
+
+    words: list[QueryWord]
+    cosines: dict[int, float]
+    bm25: dict[int, float]
+    ranking: dict[int, float]
+    similarities: dict[int, float]
+    semantic_weight: float
+
+
+@functools.cache
+def can_embed(index: Index) -> bool:
+    """Tell whether the index's model is at hand; say it once where it is not."""
+    try:
+        return index.encoder is not None
+    except UserError as error:
+        warn(f"searching by words alone: {error}")
+        return False
+
+
+def score_passages(index: Index, query: str, request: Request) -> Scored:
+    """Score the best passages of each arm that the mode uses; without a model, hybrid search goes by words alone."""
+    count = min(max(CANDIDATES, 2 * request.top_k), len(index.passages))
+    words = query_words(index.keywords, query)
+    bm25 = keyword_scores(index.keywords, query, count)
+    if request.mode == "keyword":
+        return Scored(words, {}, bm25, bm25, {}, 0.0)
+    if request.mode != "semantic" and not can_embed(index):
+        return Scored(words, {}, bm25, standard_scores(bm25), {}, 0.0)
+    vector = index.encoder.encode([query])
+    scores, places = index.vectors.search(vector, count)
+    cosines = {int(place): float(score) for place, score in zip(places[0], scores[0], strict=True) if place >= 0}
+    lost = [place for place in bm25 if place not in cosines and request.mode != "semantic"]
+    if lost:
+        cosines |= zip(lost, cosines_of(index.vectors.reconstruct_batch(lost), vector[0]).tolist(), strict=True)
+    background = cosines_of(index.sample_vectors, vector[0])
+    mean, deviation = float(background.mean()), float(background.std())
+    similarities = {place: (cosine - mean) / (deviation or 1.0) for place, cosine in cosines.items()}
+    if request.mode == "semantic":
+        return Scored(words, cosines, bm25, cosines, similarities, 1.0)
+    weight = request.semantic_weight
+    if weight is None:
+        weight = index.header["search"].get("semantic_weight", DEFAULT_SEMANTIC_WEIGHT)
+    return Scored(words, cosines, bm25, combined_scores(cosines, bm25, mean, deviation, weight), similarities, weight)
+
+
+def cosines_of(vectors: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    return np.einsum("ij,j->i", vectors, vector)  # for so few, waking the threads of @ takes longer than the product
+
+
+def relevances(index: Index, searches: list[Scored], place: int) -> list[float]:
+    """Return how relevant a passage is to each of the queries, from 0 to 1."""
+    exact, stems = passage_terms(index.passages[place])
+    return [
+        relevance(one.words, exact, stems, one.bm25.get(place, 0.0), one.similarities.get(place), len(index.passages))
+        for one in searches
+    ]
+
+
+def passage_terms(passage: dict) -> tuple[set[str], set[str]]:
+    """Return the keyword_terms of a passage and its headings: whole words and names, and stems."""
+    exact, stems = keyword_terms(". ".join([*passage["heading"], passage["text"]]))
+    return set(exact), set(stems)
+
+
+# -------------------------------------------------------------------------------------------- the answers
+
+
+def search(index: Index, query: str, request: Request) -> dict:
+    """Return the answer to a query, in the form that the module's docstring gives.
+
+    score: cosine similarity (semantic), BM25 (keyword), or the standard score of both made a number from 0 to 1
+    (hybrid, task); relevance: the probability that the passage has to do with the query.
+
+    Raises:
+        UserError: the query is empty, or semantic search lacks the index's model.
+    """
+    if not query.strip():
+        raise UserError('the query is empty; give some words, such as: python semantic_search.py "who reviews a task?"')
+    if len(query) > MAX_QUERY_CHARS:
+        warn(f"only the first {MAX_QUERY_CHARS:,} of the query's {len(query):,} characters are searched")
+    answer = {"query": query, "mode": request.mode}
+    if request.mode == "task":
+        return answer | assist(index, query[:MAX_QUERY_CHARS], request)
+    scored = score_passages(index, query[:MAX_QUERY_CHARS], request)
+    results = make_results(index, scored.ranking, [scored], request)
+    return answer | {"relevant": is_relevant(results, request), "results": results}
+
+
+def is_relevant(results: list[dict], request: Request) -> bool:
+    return any(result["relevance"] >= request.min_relevance for result in results[:JUDGED])
+
+
+def make_results(index: Index, ranking: dict[int, float], searches: list[Scored], request: Request) -> list[dict]:
+    """Return the top_k distinct passages of a ranking; copies and near-copies are named by the best of them."""
+    results: dict[str, dict] = {}
+    word_sets: list[tuple[dict, set[str]]] = []
+    for place, score in sorted(ranking.items(), key=lambda item: (-item[1], item[0])):
+        passage = index.passages[place]
+        text = passage["text"]
+        if text in results:
+            also_in, files = results[text]["also_in"], [passage["source_file"], *passage["also_in"]]
+            also_in += [file for file in files if file != results[text]["source_file"] and file not in also_in]
+        elif len(results) < request.top_k:
+            words = set(text.split())
+            original = next((result for result, others in word_sets if are_near_copies(words, others)), None)
+            if original:
+                original["near_copies"].append(f"{passage['source_file']}:{passage['start_line']}")
+                continue
+            results[text] = make_result(index, place, len(results) + 1, score, searches, request)
+            word_sets.append((results[text], words))
+    return list(results.values())
+
+
+def are_near_copies(words: set[str], others: set[str], min_shared: float = 0.8) -> bool:
+    """Tell whether two texts share nearly all their words and every number: rows of a table differ by an ID alone."""
+    shared = len(words & others)
+    if shared < min_shared * (len(words) + len(others) - shared) or len(words) < 8:
+        return False
+    return not any(map(str.isdigit, "".join(words ^ others)))
+
+
+def make_result(index: Index, place: int, rank: int, score: float, searches: list[Scored], request: Request) -> dict:
+    """Return one result; searches: what its relevance is judged by, the query or a task's needs."""
+    passage = index.passages[place]
+    judged = relevances(index, searches, place)
+    if request.mode in ("hybrid", "task"):
+        score = 1 / (1 + math.exp(-score))
+    result = {"rank": rank, "score": round(score, 6), "relevance": round(max(judged), 4)}
+    result |= {name: passage[name] for name in ("id", "source_file", "also_in")} | {"near_copies": []}
+    result |= {"heading": " > ".join(passage["heading"])}
+    result |= {name: passage[name] for name in ("chunk_index", "start_line", "end_line", "text")}
+    if request.mode == "task":
+        result["needs"] = [need for need, value in enumerate(judged) if value >= request.min_relevance]
+    if request.context:
+        result["context"] = neighbours(index, place, request.context)
+    if request.explain:
+        result["explain"] = explain(index, place, searches[judged.index(max(judged))])
+    return result
+
+
+def neighbours(index: Index, place: int, count: int) -> list[dict]:
+    """Return up to `count` passages before and after one in its document; copies that stand elsewhere are left out."""
+    here = index.passages[place]
+    around = range(max(0, place - count), min(len(index.passages), place + count + 1))
+    return [
+        {name: passage[name] for name in ("chunk_index", "start_line", "end_line", "text")}
+        for passage in (index.passages[other] for other in around if other != place)
+        if passage["source_file"] == here["source_file"] and abs(passage["chunk_index"] - here["chunk_index"]) <= count
+    ]
+
+
+def explain(index: Index, place: int, scored: Scored) -> dict:
+    """Return what a result's score is made of: each arm's own score, its standard score, and the words found."""
+    exact, stems = passage_terms(index.passages[place])
+    found = [word.word for word in scored.words if word.is_in(exact, stems)]
+    similarity, weight, combined = scored.similarities.get(place), scored.semantic_weight, scored.ranking.get(place)
+    by_words = None
+    if similarity is not None and weight < 1 and combined is not None:
+        by_words = (combined - weight * similarity) / (1 - weight)
+    values = {
+        "cosine": scored.cosines.get(place),
+        "standard_cosine": similarity,
+        "bm25": scored.bm25.get(place, 0.0),
+        "standard_bm25": by_words,
+        "semantic_weight": weight,
+        "combined": combined,
+    }
+    rounded = {name: value if value is None else round(value, 4) for name, value in values.items()}
+    return rounded | {"found": found, "missing": [word.word for word in scored.words if word.word not in found]}
+
+
+# ------------------------------------------------------------------------------------ help for a task
+
+
+def assist(index: Index, task: str, request: Request) -> dict:
+    """Return the results for a task description or for the ID of a task that the documents define.
+
+    A model reads only its window of a long text, and one vector blurs several needs: from four needs on, each passage
+    gets its score for the whole description and half its best one for a single need.
+    """
+    entry, own_places = find_entry(index, task)
+    text = entry["text"] if entry else task
+    needs = split_needs(text)
+    whole = score_passages(index, text, request)
+    by_need = [score_passages(index, need, request) for need in needs] if len(needs) > 1 else [whole]
+    ranking = whole.ranking
+    if len(needs) >= 4:  # two or three sentences are one need more often than not
+        best: dict[int, float] = {}
+        for scored in by_need:
+            for place, score in scored.ranking.items():
+                best[place] = max(best.get(place, -math.inf), score)
+        floor = min(whole.ranking.values(), default=0.0)
+        ranking = {place: whole.ranking.get(place, floor) + score / 2 for place, score in best.items()}
+    results = make_results(index, without(ranking, own_places), by_need, request)
+    covered = [covered_by(index, without(scored.ranking, own_places), scored, request) for scored in by_need]
+    documents: dict[str, dict] = {}
+    for result in results:
+        one = documents.setdefault(
+            result["source_file"], {"source_file": result["source_file"], "needs": [], "results": []}
+        )
+        one["needs"] = sorted({*one["needs"], *result["needs"]})
+        one["results"].append(result["rank"])
+    return {
+        "relevant": is_relevant(results, request) or any(covered),
+        "entry": entry,
+        "needs": [{"text": need, "covered_by": places} for need, places in zip(needs, covered, strict=True)],
+        "documents": list(documents.values()),
+        "results": results,
+    }
+
+
+def without(ranking: dict[int, float], places: set[int]) -> dict[int, float]:
+    return {place: score for place, score in ranking.items() if place not in places}
 
 
 def split_needs(task: str) -> list[str]:
@@ -89,54 +313,80 @@ def split_needs(task: str) -> list[str]:
                 pieces[-1] += " " + sentence
             else:
                 pieces.append(sentence)
-    return pieces[:MAX_NEEDS]
+    return pieces[:MAX_NEEDS] or [task]
 
 
-# -------------------------------------------------------------------------------------------- the answers
-
-
-def search(index: Index, query: str, mode: str, top_k: int, semantic_weight: float) -> list[dict]:
-    """Return the best top_k passages as dicts, best first; passages with one text are one result with also_in.
-
-    score: cosine similarity (semantic), BM25 (keyword), or the standard score of both made a number from 0 to 1
-    (hybrid, task).
-
-    Raises:
-        UserError: the query is empty.
-    """
-    if not query.strip():
-        raise UserError('the query is empty; give some words, such as: python semantic_search.py "who reviews a task?"')
-    if len(query) > MAX_QUERY_CHARS:
-        warn(f"only the first {MAX_QUERY_CHARS:,} of the query's {len(query):,} characters are searched")
-        query = query[:MAX_QUERY_CHARS]
-    candidates = min(max(CANDIDATES, 2 * top_k), len(index.passages))
-    if mode == "semantic":
-        scores = semantic_scores(index, query, candidates)
-    elif mode == "keyword":
-        scores = keyword_scores(index.keywords, query, candidates)
-    else:
-        score = task_scores if mode == "task" else hybrid_scores
-        combined = score(index, query, candidates, semantic_weight)
-        scores = {place: 1 / (1 + math.exp(-value)) for place, value in combined.items()}
-    return make_results(index, scores, top_k)
-
-
-def make_results(index: Index, scores: dict[int, float], top_k: int) -> list[dict]:
-    """Return the top_k distinct texts of the scored passages as results."""
-    results: dict[str, dict] = {}
-    for place, score in sorted(scores.items(), key=lambda item: (-item[1], item[0])):
+def covered_by(index: Index, ranking: dict[int, float], scored: Scored, request: Request) -> list[dict]:
+    """Return the passages that cover a need, best first, one a document: the relevant ones of its first few."""
+    found: dict[str, dict] = {}
+    for place in sorted(ranking, key=lambda place: (-ranking[place], place))[:JUDGED]:
         passage = index.passages[place]
-        text = passage["text"]
-        if text in results:
-            also_in, files = results[text]["also_in"], [passage["source_file"], *passage["also_in"]]
-            also_in += [file for file in files if file != results[text]["source_file"] and file not in also_in]
-        elif len(results) < top_k:
-            kept = ("id", "source_file", "chunk_index", "start_line", "end_line", "text")
-            results[text] = {"rank": len(results) + 1, "score": round(score, 6)} | {
-                name: passage[name] for name in kept
-            }
-            results[text] |= {"also_in": list(passage["also_in"]), "heading": " > ".join(passage["heading"])}
-    return list(results.values())
+        (value,) = relevances(index, [scored], place)
+        if value >= request.min_relevance:
+            source = {"source_file": passage["source_file"], "start_line": passage["start_line"]}
+            found.setdefault(passage["source_file"], source | {"relevance": round(value, 4)})
+    return list(found.values())
+
+
+def find_entry(index: Index, task: str) -> tuple[dict | None, set[int]]:
+    """Return the documents' own entry for a task ID such as KM-2.1 and the places of its passages, if task is one.
+
+    The entry that counts is the longest of those whose heading begins with the ID, then whose line does, then any.
+    """
+    names = [name for _, name, _ in words_and_names(task)]
+    if len(names) != 1 or not names[0] or not any(map(str.isdigit, names[0])):
+        return None, set()
+    entries = []
+    for place in keyword_scores(index.keywords, task, CANDIDATES):
+        passage = index.passages[place]
+        titles = [depth for depth, title in enumerate(passage["heading"], 1) if first_name(title) == names[0]]
+        if titles:
+            places = section_of(index, place, titles[0])
+            texts = [passage["heading"][titles[0] - 1], *(index.passages[one]["text"] for one in places)]
+            entries.append((2, "\n".join(texts), places))
+        else:
+            entries.append((*lines_about(passage["text"], names[0]), [place]))
+    _, text, places = max(entries, key=lambda entry: (entry[0], len(entry[1])), default=(0, "", []))
+    if not text:
+        return None, set()
+    first = index.passages[places[0]]
+    return {"source_file": first["source_file"], "start_line": first["start_line"], "text": text}, set(places)
+
+
+def first_name(line: str) -> str:
+    return next((name for _, name, _ in words_and_names(line) if name), "")
+
+
+def section_of(index: Index, place: int, depth: int) -> list[int]:
+    """Return the places of the passages that stand under the first `depth` headings of one, in its document."""
+    here = index.passages[place]
+    around = {other: index.passages[other] for other in range(max(0, place - 50), min(len(index.passages), place + 50))}
+    return [
+        other
+        for other, passage in around.items()
+        if passage["source_file"] == here["source_file"] and passage["heading"][:depth] == here["heading"][:depth]
+    ]
+
+
+def lines_about(text: str, name: str) -> tuple[int, str]:
+    """Return 1 and the row or item of a passage that begins with a name, or 0 and the line that mentions it."""
+    lines = text.split("\n")
+    holding = [number for number, line in enumerate(lines) if name in [one for _, one, _ in words_and_names(line)]]
+    beginning = [number for number in holding if first_name(lines[number]) == name]
+    if not holding:
+        return 0, ""
+    start = (beginning or holding)[0]
+    if lines[start].lstrip().startswith("|"):
+        table = next(number for number in range(len(lines)) if lines[number].lstrip().startswith("|"))
+        return int(bool(beginning)), plain_text("\n".join([*lines[table : table + 2], lines[start]]))
+    end = start + 1
+    while beginning and end < len(lines) and indent(lines[end]) > indent(lines[start]):
+        end += 1
+    return int(bool(beginning)), "\n".join(lines[start:end])
+
+
+def indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 # ----------------------------------------------------------------------------------- functions for importers
@@ -147,29 +397,37 @@ def default_index() -> Index:
     return load_index(config.INDEX_DIR)
 
 
+def search_default(query: str, mode: str, k: int | None, semantic_weight: float | None = None) -> list[dict]:
+    request = Request(mode, config.TOP_K if k is None else k, semantic_weight, config.MIN_RELEVANCE)
+    return search(default_index(), query, request)["results"]
+
+
 def semantic_search(query: str, k: int | None = None) -> list[dict]:
     """Return the k passages nearest in meaning, from the index in config.INDEX_DIR (k: config.TOP_K by default)."""
-    return search(default_index(), query, "semantic", k or config.TOP_K, 1.0)
+    return search_default(query, "semantic", k)
 
 
 def keyword_search(query: str, k: int | None = None) -> list[dict]:
     """Return the k passages that fit the query's words and names best."""
-    return search(default_index(), query, "keyword", k or config.TOP_K, 0.0)
+    return search_default(query, "keyword", k)
 
 
 def hybrid_search(
     query: str, k: int | None = None, semantic_weight: float | None = None, keyword_weight: float | None = None
 ) -> list[dict]:
     """Return the k best passages by meaning and words together; the weights count in proportion to each other."""
-    return search(default_index(), query, "hybrid", k or config.TOP_K, share(semantic_weight, keyword_weight))
+    return search_default(query, "hybrid", k, share(semantic_weight, keyword_weight))
 
 
 def get_contextual_assistance_for_task(task_description: str, k: int | None = None) -> list[dict]:
-    """Return the k passages most helpful for a task; a long description is searched need by need."""
-    return search(default_index(), task_description, "task", k or config.TOP_K, config.SEMANTIC_WEIGHT)
+    """Return the k passages most helpful for a task or a task ID; a long description is searched need by need.
+
+    The results are those of `--mode task --json`; what it tells of needs and documents, search() returns too.
+    """
+    return search_default(task_description, "task", k, config.SEMANTIC_WEIGHT)
 
 
-def share(semantic_weight: float | None, keyword_weight: float | None) -> float:
+def share(semantic_weight: float | None, keyword_weight: float | None) -> float | None:
     if semantic_weight is None:
         return config.SEMANTIC_WEIGHT if keyword_weight is None else max(0.0, 1 - keyword_weight)
     total = semantic_weight + (1 - semantic_weight if keyword_weight is None else keyword_weight)
@@ -178,47 +436,294 @@ def share(semantic_weight: float | None, keyword_weight: float | None) -> float:
 
 # ------------------------------------------------------------------------------------------ the terminal
 
+# A document must not steer the terminal, nor turn the direction of writing.
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+EXCERPT_LINES = 3
+INDENT = 3
+SEARCHED_DEEPER = 50  # ranks to which the other index of --compare is searched, to tell a move from a loss
 
-def print_results(results: list[dict]) -> None:
-    """Print results for people: place, score, heading path, the beginning of the text."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 100
-    if not results:
+
+def make_console():
+    """Return what prints for people: colour on a terminal (not with NO_COLOR), 100 columns and no colour on a pipe."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 100, highlight=False, markup=False, emoji=False)
+
+
+def location(index: Index, source_file: str, line: int) -> str:
+    """Return file:line as terminals and editors open it: from the current folder, or absolute where it is outside."""
+    path = Path(index.header["documents_root"]) / source_file
+    if not path.is_file():  # the documents have moved since
+        return f"{source_file}:{line}"
+    inside = path.is_relative_to(Path.cwd())
+    return f"{path.relative_to(Path.cwd()) if inside else path}:{line}"
+
+
+def marked(text: str, words: list[QueryWord], style: str = ""):
+    """Return a text for the console with the query's words and names marked."""
+    from rich.text import Text
+
+    shown = Text(text, style)
+    for start, end in matches(words, text):
+        shown.stylize("bold yellow", start, end)
+    return shown
+
+
+def matches(words: list[QueryWord], text: str) -> list[tuple[int, int]]:
+    """Return where the query's words and names stand in a text, as (start, end)."""
+    names = {word.term for word in words if word.kind == "name"}
+    single = [word for word in words if word.weight and word.kind != "name"]
+    spans, end = [], 0
+    for as_typed, name, _ in words_and_names(text):
+        start = text.index(as_typed, end)
+        end = start + len(as_typed)
+        if name in names or any(word.is_in(set(), set(keyword_terms(as_typed)[1])) for word in single):
+            spans.append((start, end))
+    return spans
+
+
+def excerpt(text: str, words: list[QueryWord], room: int) -> str:
+    """Return the part of a text, from a sentence's start, that holds most of the query's words in `room` columns."""
+    text = CONTROL.sub("", plain_text(text))
+    if len(text) <= room:
+        return text
+    spans = matches(words, text)
+    starts = [0]
+    for sentence in sentences(text)[:-1]:
+        starts.append(text.index(sentence, starts[-1]) + len(sentence) + 1)
+    start = max(starts, key=lambda one: (sum(one <= begin and end <= one + room for begin, end in spans), -one))
+    return "… " * (start > 0) + textwrap.shorten(text[start:], room, placeholder=" …")
+
+
+def print_result(console, index: Index, result: dict, words: list[QueryWord]) -> None:
+    """Print one result: file:line, heading path, the passage with the query's words marked, where else it stands."""
+    from rich.text import Text
+
+    place = location(index, result["source_file"], result["start_line"])
+    relevance_shown = (f"  relevance {result['relevance']:.2f}", "dim")
+    console.print(Text.assemble((f"{result['rank']}. ", "bold"), (place, "cyan"), relevance_shown), soft_wrap=True)
+    room = EXCERPT_LINES * (console.width - INDENT)
+    parts = [marked(CONTROL.sub("", result["heading"]), words, "dim")]
+    around = sorted([*result.get("context", []), result], key=lambda passage: passage["chunk_index"])
+    for passage in around:
+        if passage is result:
+            parts.append(marked(excerpt(result["text"], words, room), words))
+        else:
+            parts.append(Text(f"{passage['start_line']}: {excerpt(passage['text'], [], room)}", "dim"))
+    if result["also_in"]:
+        parts.append(Text(f"also in {', '.join(result['also_in'])}", "dim"))
+    if result["near_copies"]:
+        parts.append(Text(f"nearly the same in {', '.join(result['near_copies'])}", "dim"))
+    if "explain" in result:
+        parts.append(Text(explanation(result["explain"]), "dim"))
+    for line in itertools.chain.from_iterable(part.wrap(console, console.width - INDENT) for part in parts if part):
+        line.rstrip()
+        console.print(Text(" " * INDENT) + line, soft_wrap=True)
+    console.print()
+
+
+def explanation(values: dict) -> str:
+    """Return an explanation in words."""
+    meaning, weight = values["cosine"], values["semantic_weight"]
+    parts = []
+    if meaning is not None:
+        parts.append(f"{weight:.2f} × meaning {values['standard_cosine']:.2f} (cosine {meaning:.3f})")
+    if weight < 1:
+        by_words = "" if values["standard_bm25"] is None else f" {values['standard_bm25']:.2f}"
+        parts.append(f"{1 - weight:.2f} × words{by_words} (BM25 {values['bm25']:.2f})")
+    total = "" if values["combined"] is None else f" = {values['combined']:.3f}"
+    found, missing = (", ".join(values[name]) or "none" for name in ("found", "missing"))
+    return f"{' + '.join(parts)}{total}; words found: {found}; not found: {missing}"
+
+
+def print_answer(console, index: Index, answer: dict) -> None:
+    """Print an answer for people; the results of a task with several needs stand under these and by document."""
+    texts = [need["text"] for need in answer.get("needs", [])] or [answer["query"]]
+    words = [word for text in texts for word in query_words(index.keywords, text)]
+    if answer.get("entry"):
+        print_needs(console, index, answer)
+    if not answer["relevant"]:
         print("nothing relevant found")
-    for result in results:
-        print(f"{result['rank']}. {result['source_file']}:{result['start_line']}  ({result['score']:.3f})")
-        if result["heading"]:
-            print("   " + textwrap.shorten(result["heading"], width - 3, placeholder="…"))
-        text = textwrap.shorten(CONTROL.sub("", plain_text(result["text"])), 3 * (width - 3), placeholder=" …")
-        print(textwrap.fill(text, width, initial_indent="   ", subsequent_indent="   "))
-        if result["also_in"]:
-            print("   " + textwrap.shorten(f"also in {', '.join(result['also_in'])}", width - 3, placeholder="…"))
-        print()
+        if answer["results"]:
+            best = max(result["relevance"] for result in answer["results"])
+            print(f"(the nearest has relevance {best:.2f}; --min-relevance 0 shows it)", file=sys.stderr)
+        return
+    if answer["mode"] != "task" or (len(answer["needs"]) == 1 and not answer["entry"]):
+        for result in answer["results"]:
+            print_result(console, index, result, words)
+        return
+    if not answer["entry"]:
+        print_needs(console, index, answer)
+    for document in answer["documents"]:
+        covers = ", ".join(str(need + 1) for need in document["needs"]) or "none of the needs by itself"
+        console.print(f"{document['source_file']}  covers {covers}", style="bold", soft_wrap=True)
+        for rank in document["results"]:
+            print_result(console, index, answer["results"][rank - 1], words)
 
 
-def answer(index: Index, query: str, options: argparse.Namespace) -> int:
-    """Search, print, and return how many results there are; an empty line among many has none."""
+def print_needs(console, index: Index, answer: dict) -> None:
+    """Print what a task needs and where each need is covered, or that nothing covers it."""
+    if answer["entry"]:
+        entry = answer["entry"]
+        place = location(index, entry["source_file"], entry["start_line"])
+        console.print(f"{answer['query']} is described in {place}", soft_wrap=True)
+    for number, need in enumerate(answer["needs"], 1):
+        console.print(
+            f"{number}. {CONTROL.sub(' ', textwrap.shorten(need['text'], 2 * console.width, placeholder=' …'))}"
+        )
+        places = [location(index, source["source_file"], source["start_line"]) for source in need["covered_by"][:3]]
+        for place in places or ["nothing here covers it"]:
+            console.print(" " * INDENT + place, style="cyan" if places else "yellow", soft_wrap=True)
+    console.print()
+
+
+# ----------------------------------------------------------------------------------------- two indexes
+
+
+def compare(index: Index, other: Index, query: str, request: Request) -> dict:
+    """Return the answer of one index with the other's, each result with its rank in the other's first 50 or None."""
+    deeper = request._replace(top_k=max(request.top_k, SEARCHED_DEEPER))
+    answer, second = (search(one, query, deeper) for one in (index, other))
+    ranks = [{result["id"]: result["rank"] for result in one["results"]} for one in (answer, second)]
+    for one, others in ((answer, ranks[1]), (second, ranks[0])):
+        one["results"] = [
+            result | {"other_rank": others.get(result["id"])} for result in one["results"][: request.top_k]
+        ]
+    return answer | {
+        "other": {"index_dir": str(other.folder), "relevant": second["relevant"], "results": second["results"]}
+    }
+
+
+def print_comparison(console, index: Index, answer: dict, words: list[QueryWord]) -> None:
+    """Print two indexes' results side by side: where each stands in the other list, and what only one found."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 1, 0), expand=True)
+    for folder in (index.folder, answer["other"]["index_dir"]):
+        table.add_column(str(folder), ratio=1, overflow="fold")
+    columns = []
+    for results in (answer["results"], answer["other"]["results"]):
+        cells = []
+        for result in results:
+            text = excerpt(result["text"], words, 2 * (console.width // 2 - INDENT))
+            place = f"{result['source_file']}:{result['start_line']}"
+            head = ((f"{result['rank']}. ", "bold"), (f"{move(result)}  ", "magenta"), (place, "cyan"))
+            cells.append(Text.assemble(*head, "\n", marked(text, words)))
+        columns.append(cells)
+    for row in itertools.zip_longest(*columns, fillvalue=Text("")):
+        table.add_row(*row)
+    console.print(table)
+    same = sum((result["other_rank"] or math.inf) <= len(columns[1]) for result in answer["results"])
+    print(
+        f"{same} in both lists, {len(columns[0]) - same} only on the left, {len(columns[1]) - same} only on the right"
+    )
+
+
+def move(result: dict) -> str:
+    """Return how a result's rank differs from that in the other index."""
+    if result["other_rank"] is None:
+        return "only here"
+    difference = result["other_rank"] - result["rank"]
+    return "same rank" if not difference else f"{'▲' if difference > 0 else '▼'}{abs(difference)}"
+
+
+# ---------------------------------------------------------------------------------------------- the prompt
+
+HELP = """:mode {modes}   how to search, now {mode}
+:k N       how many results, now {k}
+:open N    open result N of the last answer in $EDITOR
+:help      this; an empty line or Ctrl-D ends, Ctrl-C stops a search"""
+
+
+def answer_query(index: Index, query: str, request: Request, options: argparse.Namespace) -> dict:
+    """Search, print, and return the answer; an empty line among many has no results."""
     query = query.encode(errors="replace").decode()  # bytes of the command line that are no UTF-8
-    empty = not query.strip() and not options.query
-    results = [] if empty else search(index, query, options.mode, options.top_k, config.SEMANTIC_WEIGHT)
-    if options.json:
-        print(json.dumps({"query": query, "mode": options.mode, "results": results}, ensure_ascii=False), flush=True)
+    if not query.strip() and not options.query:
+        answer = {"query": query, "mode": request.mode, "relevant": False, "results": []}
+    elif options.compare:
+        answer = compare(index, load_other(options.compare), query, request)
     else:
-        print_results(results)
-    return len(results)
+        answer = search(index, query, request)
+    if options.json:
+        print(json.dumps(answer, ensure_ascii=False), flush=True)
+    elif "other" in answer:
+        print_comparison(make_console(), index, answer, query_words(index.keywords, query))
+    else:
+        print_answer(make_console(), index, answer)
+    return answer
 
 
-def prompt(index: Index, options: argparse.Namespace) -> int:
-    """Answer line by line until an empty line or Ctrl-D."""
-    found = 0
+load_other = functools.cache(load_index)
+
+
+def prompt(index: Index, request: Request, options: argparse.Namespace) -> bool:
+    """Answer line by line until an empty line or Ctrl-D; tell whether anything relevant was found."""
+    found, results = False, []
+    remember_lines(index.folder / ".search-history")
     while True:
         try:
-            query = input("search> " if sys.stdout.isatty() else "")  # a file holds the answers alone
+            line = input("search> " if sys.stdout.isatty() else "").strip()  # a file holds the answers alone
         except EOFError:
             print(file=sys.stderr)
             return found
-        if not query.strip():
+        if not line:
             return found
-        found += answer(index, query, options)
+        try:
+            if line.startswith(":"):
+                request = command(index, line, request, results)
+            else:
+                answer = answer_query(index, line, request, options)
+                found, results = found or answer["relevant"], answer["results"]
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+
+
+def remember_lines(path: Path) -> None:
+    """Have the prompt remember its lines in a file, where the system has readline and the folder may be written."""
+    with contextlib.suppress(ImportError, OSError):
+        import readline
+
+        readline.parse_and_bind("tab: self-insert")  # no completion
+        readline.set_history_length(1000)
+        path.touch()
+        readline.read_history_file(path)
+        atexit.register(readline.write_history_file, path)
+
+
+def command(index: Index, line: str, request: Request, results: list[dict]) -> Request:
+    """Carry out a command of the prompt; return the request as it is from then on."""
+    name, _, value = line.partition(" ")
+    value = value.strip()
+    if name == ":help":
+        print(HELP.format(modes="|".join(MODES), mode=request.mode, k=request.top_k))
+    elif name == ":mode" and value in MODES:
+        return request._replace(mode=value)
+    elif name == ":k" and value.isdecimal() and int(value):
+        return request._replace(top_k=int(value))
+    elif name == ":open" and value.isdecimal() and 1 <= int(value) <= len(results):
+        open_in_editor(index, results[int(value) - 1])
+    else:
+        raise UserError(f"{line!r} is no command that can be carried out here; :help lists them")
+    return request
+
+
+def open_in_editor(index: Index, result: dict) -> None:
+    """Open a result's file at its line in $VISUAL or $EDITOR."""
+    editor = shlex.split(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "")
+    if not editor:
+        raise UserError("EDITOR is not set; set it, for example: export EDITOR=nano")
+    path, line = location(index, result["source_file"], result["start_line"]).rsplit(":", 1)
+    place = ["--goto", f"{path}:{line}"] if Path(editor[0]).stem in ("code", "codium", "cursor") else [f"+{line}", path]
+    try:
+        subprocess.run([*editor, *place], check=False)
+    except OSError as error:
+        raise UserError(f"{editor[0]} can not be started ({error.strerror}); set EDITOR to another one") from None
+
+
+# -------------------------------------------------------------------------------------------------- main
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -229,9 +734,18 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("query", nargs="*", help="one query; without it, a prompt, or one query a line from a pipe")
-    modes = ["semantic", "keyword", "hybrid", "task"]
-    parser.add_argument("--mode", choices=modes, default=config.SEARCH_MODE, help="(config.SEARCH_MODE)")
+    parser.add_argument("--mode", choices=MODES, default=config.SEARCH_MODE, help="(config.SEARCH_MODE)")
     parser.add_argument("--top-k", type=int, default=config.TOP_K, metavar="N", help="results shown (config.TOP_K)")
+    parser.add_argument(
+        "--min-relevance",
+        type=float,
+        default=config.MIN_RELEVANCE,
+        metavar="X",
+        help="from 0 to 1; below it a result counts as not relevant (config.MIN_RELEVANCE)",
+    )
+    parser.add_argument("--context", type=int, default=0, metavar="N", help="show N passages before and after, too")
+    parser.add_argument("--explain", action="store_true", help="show what each score is made of")
+    parser.add_argument("--compare", type=Path, metavar="DIR", help="show the results of another index beside these")
     parser.add_argument(
         "--json", action="store_true", help="one JSON object a query on one line, nothing else on stdout"
     )
@@ -243,14 +757,22 @@ def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     if options.top_k < 1:
         raise UserError(f"--top-k {options.top_k} is too low; the least is 1")
+    if not 0 <= options.min_relevance <= 1:
+        raise UserError(f"--min-relevance {options.min_relevance} is not from 0 to 1")
+    if options.context < 0:
+        raise UserError(f"--context {options.context} is too low; the least is 0")
     index = load_index(options.index_dir)
+    request = Request(
+        options.mode, options.top_k, config.SEMANTIC_WEIGHT, options.min_relevance, options.context, options.explain
+    )
     if options.query:
-        found = answer(index, " ".join(options.query), options)
+        found = answer_query(index, " ".join(options.query), request, options)["relevant"]
     elif sys.stdin.isatty():
-        found = prompt(index, options)
+        found = prompt(index, request, options)
     else:
         lines = (line.decode(errors="replace").rstrip("\r\n") for line in sys.stdin.buffer)
-        found = sum(answer(index, line, options) for line in lines)
+        answers = [answer_query(index, line, request, options)["relevant"] for line in lines]
+        found = any(answers)
     return 0 if found else 1
 
 

@@ -30,7 +30,8 @@ OPTIONS = {
     },
     "generate_embeddings.py": DOCUMENTS
     | {"--model": "MODEL_NAME", "--index-dir": "INDEX_DIR", "--check": None, "--restore": None, "--list-backups": None},
-    "semantic_search.py": {"--mode": "SEARCH_MODE", "--top-k": "TOP_K", "--json": None, "--index-dir": "INDEX_DIR"},
+    "semantic_search.py": {"--mode": "SEARCH_MODE", "--top-k": "TOP_K", "--min-relevance": "MIN_RELEVANCE"}
+    | {"--context": None, "--explain": None, "--compare": None, "--json": None, "--index-dir": "INDEX_DIR"},
 }
 
 

@@ -41,9 +41,8 @@ def built(project, tmp_path, chain, capsys):
         return exit_status(generate_embeddings.main, ["--index-dir", index, action]), capsys.readouterr()
 
     def search(query, mode="hybrid"):
-        status = exit_status(
-            semantic_search.main, ["--json", "--mode", mode, "--top-k", "50", "--index-dir", index, query]
-        )
+        arguments = ["--json", "--mode", mode, "--top-k", "50", "--min-relevance", "0", "--index-dir", index, query]
+        status = exit_status(semantic_search.main, arguments)
         printed = capsys.readouterr()
         return status, json.loads(printed.out)["results"] if status < 2 else error_line(printed.err)
 
@@ -86,7 +85,7 @@ def test_metadata_keeps_its_contract(built):
     first, _, body = content.partition(b"\n")
     whole = json.loads(content)
     assert whole["checksum"] == hashlib.sha256(body).hexdigest() and whole["checksum"].encode() in first
-    assert whole["format"] == 1 and whole["dimensions"] == 32
+    assert whole["format"] == 2 and whole["dimensions"] == 32
     assert whole["passage_count"] == len(whole["passages"]) == content.count(b'"start_line"')
     assert len(content.splitlines()) == 2 + len(whole["passages"]) + 1
     assert whole["documents_root"] == str(built.project.resolve())
@@ -312,7 +311,7 @@ def test_a_damaged_file_is_noticed_by_the_search_that_needs_it_and_mended_by_the
     else:
         path.write_bytes(path.read_bytes()[: int(path.stat().st_size * place)])
     for mode in MODES:
-        needed = {"semantic": ("metadata", "embeddings"), "keyword": ("metadata", "keywords")}.get(mode, ("",))
+        needed = ("metadata", "keywords") if mode == "keyword" else ("",)
         status, line = built.search("bütçe donanım", mode)
         if path.name.startswith(needed):
             assert status == 2 and COMMAND.search(line), (mode, line)
@@ -335,7 +334,7 @@ def test_json_that_is_no_metadata_is_one_line_and_exit_code_2(built, content):
 
 def test_an_index_of_another_format_version_is_built_anew(built):
     path = built.index / "metadata.json"
-    path.write_bytes(path.read_bytes().replace(b'"format": 1', b'"format": 0'))
+    path.write_bytes(path.read_bytes().replace(b'"format": 2', b'"format": 0'))
     status, line = built.search("bütçe", "keyword")
     assert status == 2 and "format 0" in line and COMMAND.search(line)
     assert built.build()[0] == 0
@@ -354,12 +353,13 @@ def test_a_damaged_index_can_be_restored_to_the_one_before(built):
 # ------------------------------------------------------------------------------- the model behind the index
 
 
-def test_keyword_search_answers_when_the_model_is_gone_and_the_others_say_so(built):
+def test_keywords_answer_when_the_model_is_gone_and_semantic_search_says_so(built):
     shutil.rmtree(built.model)
     assert built.search("bütçe", "keyword")[0] == 0
-    for mode in ("semantic", "hybrid", "task"):
-        status, line = built.search("bütçe", mode)
-        assert status == 2 and COMMAND.search(line) and "--mode keyword" in line
+    status, line = built.search("bütçe", "semantic")
+    assert status == 2 and COMMAND.search(line) and "--mode keyword" in line
+    for mode in ("hybrid", "task"):
+        assert built.search("bütçe", mode)[0] == 0
     status, printed = built.build()
     assert status == 2 and str(built.model) in error_line(printed.err)
     assert built.search("bütçe", "keyword")[0] == 0

@@ -2,9 +2,12 @@
 
 import contextlib
 import json
+import math
 import os
 import pty
+import random
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,28 +20,30 @@ import config
 import generate_embeddings
 import semantic_search
 from run_finetuning import standard_scores
-from semantic_search import share, split_needs
+from semantic_search import Request, share, split_needs
 
 MODES = ["semantic", "keyword", "hybrid", "task"]
 RESULT_KEYS = {
-    *("rank", "score", "id", "source_file", "also_in"),
+    *("rank", "score", "relevance", "id", "source_file", "also_in", "near_copies"),
     *("heading", "chunk_index", "start_line", "end_line", "text"),
 }
+TASK_KEYS = {"needs", "documents", "entry"}
 
 
 @pytest.fixture
 def ask(chain, capsys):
-    """Search the small project with the script's main; return the exit status and the results."""
+    """Search the small project with main, whatever the relevance; return the exit status and the results."""
 
-    def run(query: str, mode: str = "hybrid", top_k: int = 5):
-        arguments = ["--json", "--mode", mode, "--top-k", top_k, "--index-dir", chain.index, "--", query]
-        status = exit_status(semantic_search.main, arguments)
+    def run(query: str, mode: str = "hybrid", top_k: int = 5, *options):
+        arguments = ["--json", "--mode", mode, "--top-k", top_k, "--index-dir", chain.index]
+        status = exit_status(semantic_search.main, [*arguments, "--min-relevance", 0, *options, "--", query])
         printed = capsys.readouterr()
         if status == 2:
             return status, error_line(printed.err)
         (line,) = printed.out.splitlines()
         answer = json.loads(line)
-        assert answer.keys() == {"query", "mode", "results"} and (answer["query"], answer["mode"]) == (query, mode)
+        assert answer.keys() == {"query", "mode", "relevant", "results"} | (TASK_KEYS if mode == "task" else set())
+        assert (answer["query"], answer["mode"], answer["relevant"]) == (query, mode, status == 0)
         return status, answer["results"]
 
     return run
@@ -59,7 +64,7 @@ def test_json_answers_keep_their_contract(ask, chain, mode):
     assert scores == sorted(scores, reverse=True)
     assert [result["rank"] for result in results] == list(range(1, len(results) + 1))
     for result in results:
-        assert result.keys() == RESULT_KEYS
+        assert result.keys() == RESULT_KEYS | ({"needs"} if mode == "task" else set())
         source = (chain.documents / result["source_file"]).read_text(encoding="utf-8").split("\n")
         there = source[result["start_line"] - 1 : result["end_line"]]
         assert result["text"].split("\n")[-1] == there[-1]
@@ -168,7 +173,7 @@ def test_one_text_under_two_headings_is_one_result(tmp_path, chain, capsys):
     arguments = ["--documents-root", root, "--documents", "*.md", "--model", chain.model, "--index-dir", tmp_path / "i"]
     assert exit_status(generate_embeddings.main, arguments) == 0
     capsys.readouterr()
-    arguments = ["--json", "--index-dir", tmp_path / "i", "kapaklar"]
+    arguments = ["--json", "--min-relevance", "0", "--index-dir", tmp_path / "i", "kapaklar"]
     assert exit_status(semantic_search.main, arguments) == 0
     results = json.loads(capsys.readouterr().out)["results"]
     (one,) = [result for result in results if "kapaklar" in result["text"]]
@@ -219,6 +224,292 @@ def test_bytes_that_are_no_utf8_in_a_query_end_in_no_traceback(chain, through_a_
     assert b"Traceback" not in done.stderr
     assert done.returncode in (0, 1, 2)
     assert done.returncode == 2 or json.loads(done.stdout)["results"]
+
+
+# -------------------------------------------------------------------------------------- relevance, reasons
+
+
+@pytest.mark.parametrize(
+    ("query", "relevant"),
+    [
+        ("yedek parça için ayrılan pay ne kadar?", True),
+        ("how is a failed release rolled back?", True),
+        ("görev takibi", True),
+        ("KM-2.1", True),
+        ("refreshToken", True),
+        ("KM-9.9", False),
+        ("Osmanlı padişahı hangi yılda tahta çıktı?", False),
+        ("which enzyme inhibits tumour growth in mice?", False),
+        ("😀🚰", False),
+    ],
+)
+@pytest.mark.parametrize("mode", ["keyword", "hybrid"])
+def test_what_the_documents_do_not_tell_of_is_not_found(chain, capsys, query, relevant, mode):
+    assert exit_status(semantic_search.main, ["--mode", mode, "--index-dir", chain.index, query]) == int(not relevant)
+    assert (capsys.readouterr().out == "nothing relevant found\n") == (not relevant)
+
+
+def test_results_stay_in_json_when_none_is_relevant(chain, capsys):
+    arguments = ["--json", "--index-dir", chain.index, "Osmanlı padişahı hangi yılda tahta çıktı?"]
+    assert exit_status(semantic_search.main, arguments) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["results"] and not answer["relevant"]
+    assert all(0 <= result["relevance"] < config.MIN_RELEVANCE for result in answer["results"])
+
+
+def test_function_words_change_nothing(ask):
+    assert keys_of(ask("yedek parça", "keyword")[1]) == keys_of(ask("bu yedek parça nedir ve neden var?", "keyword")[1])
+
+
+def test_a_word_whose_ending_stands_in_its_first_letters_is_found(ask):
+    assert "nb-iot" in ask("NB-IoT'ta", "keyword")[1][0]["text"].lower()
+    assert "bearer token" in ask("tokenda", "keyword")[1][0]["text"]
+
+
+def test_whole_words_rank_above_words_with_the_same_beginning(index_of):
+    index = index_of({"a.md": "# A\n\nKutular planlamaya alındı.\n", "b.md": "# B\n\nKutular planlama ile alındı.\n"})
+    results = semantic_search.search(index, "planlama", Request("keyword", 5))["results"]
+    assert [result["source_file"] for result in results] == ["b.md", "a.md"]
+
+
+def test_an_explanation_adds_up(ask):
+    for result in ask("yedek parça zürafa", "hybrid", 5, "--explain")[1]:
+        values = result["explain"]
+        weight = values["semantic_weight"]
+        combined = weight * values["standard_cosine"] + (1 - weight) * values["standard_bm25"]
+        assert combined == pytest.approx(values["combined"], abs=0.001)
+        assert result["score"] == pytest.approx(1 / (1 + math.exp(-combined)), abs=0.001)
+    first = ask("yedek parça zürafa", "hybrid", 5, "--explain")[1][0]["explain"]
+    assert (first["found"], first["missing"]) == (["yedek", "parca"], ["zurafa"])
+
+
+def test_the_fitted_weight_of_the_index_is_used_unless_config_names_one(index_of, monkeypatch, capsys):
+    index = index_of(None, search={"semantic_weight": 0.75})
+    assert index.header["search"] == {"semantic_weight": 0.75}
+    query = ["--json", "--explain", "--index-dir", index.folder, "yedek parça"]
+    for configured, used in ((None, 0.75), (0.1, 0.1)):
+        monkeypatch.setattr(config, "SEMANTIC_WEIGHT", configured)
+        assert exit_status(semantic_search.main, query) == 0
+        assert json.loads(capsys.readouterr().out)["results"][0]["explain"]["semantic_weight"] == used
+
+
+@pytest.fixture
+def index_of(tmp_path, chain, capsys):
+    """Index documents (the small project's own for None) with a copy of the small model."""
+
+    def build(documents: dict[str, str] | None, search: dict | None = None):
+        shutil.copytree(chain.model, tmp_path / "model")
+        if search is not None:
+            evaluation = json.loads((tmp_path / "model" / "evaluation.json").read_text(encoding="utf-8"))
+            (tmp_path / "model" / "evaluation.json").write_text(json.dumps(evaluation | {"search": search}))
+        root = write_documents(tmp_path / "root", documents)
+        arguments = ["--documents-root", root, "--documents", "**/*.md", "--model", tmp_path / "model"]
+        assert exit_status(generate_embeddings.main, [*arguments, "--index-dir", tmp_path / "index"]) == 0
+        capsys.readouterr()
+        return generate_embeddings.load_index(tmp_path / "index")
+
+    return build
+
+
+def test_a_missing_model_refuses_semantic_search_alone(index_of, capsys):
+    index = index_of(None)
+    arguments = ["--json", "--index-dir", index.folder, "yedek parça"]
+    assert exit_status(semantic_search.main, ["--mode", "keyword", *arguments]) == 0
+    by_words = keys_of(json.loads(capsys.readouterr().out)["results"])
+    (index.folder.parent / "model" / "onnx" / "model.onnx").unlink()
+    assert exit_status(semantic_search.main, ["--mode", "semantic", *arguments]) == 2
+    assert "run generate_embeddings.py again" in error_line(capsys.readouterr().err)
+    for mode in ("hybrid", "task", "keyword"):
+        assert exit_status(semantic_search.main, ["--mode", mode, *arguments]) == 0
+        printed = capsys.readouterr()
+        assert keys_of(json.loads(printed.out)["results"])[:3] == by_words[:3]
+        assert printed.err.count("by words alone") == (mode != "keyword")
+
+
+def test_a_query_without_a_known_word_has_the_order_of_its_meaning(ask):
+    assert keys_of(ask("xyzzy qwertz")[1]) == keys_of(ask("xyzzy qwertz", "semantic")[1])
+
+
+def test_near_copies_are_one_result_but_rows_that_differ_by_a_number_are_not(index_of):
+    text = "Kapaklar her bahar kırmızıya boyanır, numaralanır, sayılır ve depodaki {} rafa sırayla dizilir"
+    documents = {"a.md": f"# A\n\n{text.format('üst')}.\n", "b.md": f"# B\n\n{text.format('alt')}.\n"}
+    documents |= {f"{n}.md": f"# N\n\n{text.format(f'{n}.')}.\n" for n in (1, 2)}
+    results = semantic_search.search(index_of(documents), "kapaklar boyanır", Request("keyword", 9))["results"]
+    assert len(results) == 3
+    assert [len(result["near_copies"]) for result in results if result["source_file"] in ("a.md", "b.md")] == [1]
+
+
+def test_context_gives_the_passages_around(ask):
+    result = ask("Yedek parça payı", "keyword", 1, "--context", 1)[1][0]
+    assert [passage["chunk_index"] - result["chunk_index"] for passage in result["context"]] == [-1, 1]
+    assert "Toplam bütçe" in result["context"][0]["text"]
+
+
+# ------------------------------------------------------------------------------------------ help for a task
+
+
+def test_a_task_shows_which_needs_each_document_covers_and_which_nothing_covers(chain, capsys):
+    needs = ["Bütçedeki donanım kalemini ve yedek parça payını yaz.", "Osmanlı padişahlarının tahta çıkışını anlat."]
+    needs += ["Explain how a failed release is rolled back.", "Görev takibi toplantısını panoda hazırla."]
+    arguments = ["--mode", "task", "--top-k", 4, "--index-dir", chain.index, "\n".join(needs)]
+    assert exit_status(semantic_search.main, ["--json", *arguments]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [need["text"] for need in answer["needs"]] == needs
+    covering = [[source["source_file"] for source in need["covered_by"]] for need in answer["needs"]]
+    assert covering[1] == []
+    assert (covering[0][0], covering[2][0], covering[3][0]) == (
+        "Planlama/butce.md",
+        "Docs/deployment.md",
+        "Ofis/kullanim_kilavuzu.md",
+    )
+    listed = [rank for document in answer["documents"] for rank in document["results"]]
+    assert sorted(listed) == [result["rank"] for result in answer["results"]]
+    budget = next(document for document in answer["documents"] if document["source_file"] == "Planlama/butce.md")
+    assert 0 in budget["needs"]
+    assert exit_status(semantic_search.main, arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("nothing here covers it") == 1 and f"{chain.documents}/Planlama/butce.md:" in printed
+
+
+def test_the_id_of_a_task_searches_with_its_entry_and_does_not_return_it(chain, capsys):
+    arguments = ["--mode", "task", "--index-dir", chain.index]
+    status = exit_status(semantic_search.main, ["--json", *arguments, "KM-2.1"])
+    answer = json.loads(capsys.readouterr().out)
+    assert status == int(not answer["relevant"])
+    assert answer["entry"]["source_file"] == "Planlama/kilometre_taslari.md"
+    assert "Sızıntı tahmin modelinin eğitilmesi" in answer["entry"]["text"] and "KM-2.2" not in answer["entry"]["text"]
+    assert answer["results"] and not any("| KM-2.1 |" in result["text"] for result in answer["results"])
+    exit_status(semantic_search.main, [*arguments, "KM-2.1"])
+    assert "KM-2.1 is described in" in capsys.readouterr().out
+    assert exit_status(semantic_search.main, ["--json", *arguments, "KM-9.9"]) == 1
+    assert json.loads(capsys.readouterr().out)["entry"] is None
+
+
+def test_the_entry_of_an_id_is_the_section_it_heads_before_lines_that_mention_it(index_of):
+    section = "# Plan\n\n## AG-7: Sayaç okuma\n\nSayaçlar gece okunur.\n\n### Adımlar\n\nÖnce vana kapatılır.\n"
+    others = "# Liste\n\n- AG-7 bekliyor\n  - sayaç dolabı ve gece nöbeti hazır değil\n- AG-8 bitti\n"
+    index = index_of({"plan.md": section, "liste.md": others, "sayac.md": "# Sayaç\n\nGece okunan sayaçlar yazılır.\n"})
+    entry, places = semantic_search.find_entry(index, "ag-7")
+    assert "Sayaçlar gece okunur." in entry["text"] and "Önce vana kapatılır." in entry["text"]
+    assert {index.passages[place]["source_file"] for place in places} == {"plan.md"}
+    entry, _ = semantic_search.find_entry(index, "AG-8")
+    assert entry["text"].strip() == "- AG-8 bitti"
+    assert semantic_search.find_entry(index, "sayaç okuma") == (None, set())
+
+
+# ------------------------------------------------------------------------------------------------ two indexes
+
+
+def test_two_indexes_are_compared_by_rank(chain, index_of, capsys):
+    other = index_of(
+        {"butce.md": "# Bütçe\n\n## Donanım\n\nYedek parça için ayrılan pay burada da anlatılır.\n"}
+        | {"Planlama/butce.md": (chain.documents / "Planlama" / "butce.md").read_text(encoding="utf-8")}
+    )
+    arguments = ["--mode", "keyword", "--index-dir", chain.index, "--compare", other.folder, "yedek parça payı"]
+    assert exit_status(semantic_search.main, ["--json", *arguments]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    both = [(result["id"], result["rank"]) for result in answer["other"]["results"]]
+    assert answer["results"][0]["other_rank"] == dict(both)[answer["results"][0]["id"]]
+    assert any(result["other_rank"] is None for result in answer["other"]["results"])
+    assert exit_status(semantic_search.main, arguments) == 0
+    printed = capsys.readouterr().out
+    assert "only here" in printed and "in both lists" in printed
+
+
+# ---------------------------------------------------------------------------------------------- odd queries
+
+
+def odd_queries() -> list[str]:
+    """500 queries of what goes wrong elsewhere, always the same."""
+    pieces = [
+        "görev",
+        "KM-2.1",
+        "😀",
+        "👩🏽‍🔧",
+        "\x00",
+        "\x1b[31m",
+        "\u202e",
+        "\ufeff",
+        "日本語",
+        "العربية",
+        "ﬁ",
+        "İıŞş",
+        "e\u0301",
+    ]
+    pieces += [
+        '"',
+        "'",
+        "*",
+        "(",
+        ")",
+        "^",
+        "-",
+        "--",
+        ":",
+        "{a}:",
+        "AND",
+        "OR",
+        "NOT",
+        "NEAR(a b, 2)",
+        "heading:",
+        "+",
+    ]
+    pieces += [
+        "; DROP TABLE keywords; --",
+        "' OR 1=1 --",
+        "%",
+        "_",
+        "\\",
+        "\\d+(",
+        "[a-",
+        "(?P<",
+        ".*",
+        "$",
+        "a" * 5000,
+    ]
+    pieces += [
+        "\ud800",
+        "\U0010ffff",
+        "\u00a0",
+        "1e999",
+        "-1",
+        "../../etc/passwd",
+        "<script>",
+        "${HOME}",
+        "`ls`",
+        ":k",
+        "|",
+    ]
+    rng = random.Random(7)
+    return [rng.choice(["", " "]).join(rng.choices(pieces, k=rng.randint(1, 6))) for _ in range(500)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_odd_query_ends_in_a_traceback_or_a_wrong_exit_code(chain, mode, capsys):
+    index = generate_embeddings.load_index(chain.index)
+    options = semantic_search.build_parser().parse_args(["--json", "x"])
+    for number, query in enumerate(odd_queries()):
+        options.json = number % 5 > 0
+        if not query.strip():
+            continue
+        answer = semantic_search.answer_query(index, query, Request(mode, 3, None, 0.4, 0, True), options)
+        printed = capsys.readouterr().out
+        if options.json:
+            assert json.loads(printed)["relevant"] == answer["relevant"]
+        else:
+            assert (printed == "nothing relevant found\n") == (not answer["relevant"])
+            assert "\x1b" not in printed and "\u202e" not in printed
+
+
+def test_odd_queries_through_a_pipe_give_a_line_each(chain):
+    lines = ["".join(query.split("\n")).encode(errors="surrogatepass") for query in odd_queries()]
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "semantic_search.py", "--json", "--index-dir", chain.index],
+        input=b"\n".join(lines) + b"\n",
+        capture_output=True,
+    )
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    assert len(done.stdout.splitlines()) == 500
 
 
 # -------------------------------------------------------------------------------- functions that are imported
@@ -285,7 +576,10 @@ def test_printed_results_name_file_line_heading_and_copies(chain, capsys):
     arguments = ["--mode", "keyword", "--index-dir", chain.index]
     assert exit_status(semantic_search.main, [*arguments, "kopyalanamaz"]) == 0
     printed = capsys.readouterr().out
-    assert "1. Docs/lisans_notu_kopya.md:3" in printed and "also in Ofis/lisans_notu.md" in printed
+    assert (
+        f"1. {chain.documents}/Docs/lisans_notu_kopya.md:3  relevance" in printed
+        and "also in Ofis/lisans_notu.md" in printed
+    )
     assert exit_status(semantic_search.main, [*arguments, "NB-IoT"]) == 0
     assert "   Mimari > Sahadaki kutular\n" in capsys.readouterr().out
     assert exit_status(semantic_search.main, [*arguments, "xyzzyqwerty"]) == 1
@@ -313,7 +607,7 @@ def test_searching_imports_no_torch_and_keyword_search_no_faiss_either(chain, mo
         "try:\n    config.run(semantic_search.main)\nfinally:\n    print(*sys.modules, sep='\\n', file=sys.stderr)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "--mode", mode, "--index-dir", chain.index, "bütçe"],
+        [sys.executable, "-c", code, "--mode", mode, "--min-relevance", "0", "--index-dir", chain.index, "bütçe"],
         capture_output=True,
         encoding="utf-8",
         cwd=REPOSITORY,
@@ -380,6 +674,83 @@ def test_the_prompt_answers_until_an_empty_line_or_control_d(chain, ending):
         process.kill()
         process.wait()
         os.close(ours)
+
+
+def at_the_prompt(chain, lines: list[str], **environment) -> str:
+    """Return what a terminal shows when lines are typed at the prompt, each after the answer to the one before."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, REPOSITORY / "semantic_search.py", "--mode", "keyword", "--index-dir", chain.index],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8", "TERM": "xterm"} | environment,
+    )
+    os.close(theirs)
+    seen = b""
+    try:
+        for line in [*lines, ""]:
+            seen += read_until(ours, b"search> ")
+            os.write(ours, line.encode() + b"\n")
+        seen += read_until(ours, b"never printed")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    assert b"Traceback" not in seen
+    return seen.decode()
+
+
+def test_commands_of_the_prompt_change_how_it_searches_and_open_a_result(chain, tmp_path):
+    editor = tmp_path / "editor.py"
+    editor.write_text(f"import sys\nopen({str(tmp_path / 'opened')!r}, 'w').write(repr(sys.argv[1:]))")
+    lines = [":k 1", "görev", ":mode semantic", ":help", ":open 1", ":open 7", ":mode magic", ":root", "bütçe"]
+    seen = at_the_prompt(chain, lines, EDITOR=f"{sys.executable} {editor}", NO_COLOR="1")
+    assert "now semantic" in seen and "now 1" in seen and "2. " not in seen
+    assert seen.count("error: ") == 3
+    opened = (tmp_path / "opened").read_text()
+    assert opened.startswith("['+") and str(chain.documents) in opened
+    assert "bütçe" in (chain.index / ".search-history").read_text(encoding="utf-8")
+
+
+def test_colour_marks_the_words_on_a_terminal_unless_no_color_is_set(chain):
+    assert "\x1b[1;33mbütçe\x1b[0m" in at_the_prompt(chain, ["bütçe"])
+    assert "\x1b[1;33m" not in at_the_prompt(chain, ["bütçe"], NO_COLOR="1")
+
+
+def test_control_c_stops_a_running_search_and_the_prompt_goes_on(chain, monkeypatch, capsys):
+    typed = iter(["bütçe", "yedek parça"])
+    answers = iter([KeyboardInterrupt, {"relevant": True, "results": []}])
+
+    def answer(*_):
+        if (one := next(answers)) is KeyboardInterrupt:
+            raise one
+        return one
+
+    monkeypatch.setattr("builtins.input", lambda _: next(typed, ""))
+    monkeypatch.setattr(semantic_search, "answer_query", answer)
+    index = generate_embeddings.load_index(chain.index)
+    assert semantic_search.prompt(index, Request("keyword", 5), None)
+    assert "stopped" in capsys.readouterr().err
+
+
+def test_lines_keep_to_the_width_with_wide_letters(index_of, capsys):
+    from rich.cells import cell_len
+
+    text = "設定画面で言語を選び保存を押してから再起動します kapak " * 12
+    index = index_of({"a.md": f"# 設定の長い見出し {'と説明' * 30}\n\n{text}\n"})
+    arguments = ["--mode", "keyword", "--min-relevance", "0", "--index-dir", index.folder, "kapak"]
+    assert exit_status(semantic_search.main, arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 3 and max(cell_len(line) for line in lines[1:]) <= 100
+    assert all(line == line.rstrip() for line in lines)
+
+
+def test_the_place_is_given_from_the_current_folder(chain, capsys, monkeypatch):
+    monkeypatch.chdir(chain.documents)
+    assert exit_status(semantic_search.main, ["--mode", "keyword", "--index-dir", chain.index, "kopyalanamaz"]) == 0
+    assert capsys.readouterr().out.startswith("1. Docs/lisans_notu_kopya.md:3  ")
 
 
 def test_json_from_a_prompt_into_a_file_holds_nothing_else(chain, tmp_path):

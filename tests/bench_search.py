@@ -1,0 +1,138 @@
+"""How fast the search is: cold, warm, and against the same query through SentenceTransformer, FAISS and JSON.
+
+    python tests/bench_search.py --index-dir embeddings
+    python tests/bench_search.py --index-dir embeddings --passages 200000    # a made-up index of that many, too
+
+Cold: a fresh process for one query, the median of five. Warm: one process, a query a line through a pipe, the median
+of all queries after the first. The times hold for this machine and this moment; the ratios are what to compare.
+"""
+
+import argparse
+import itertools
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+import config
+from generate_embeddings import Index, commit, load_index
+from prepare_finetuning_data import find_model
+
+MODES = ("keyword", "semantic", "hybrid")
+PLAIN_SEARCH = """
+import json, sys
+import faiss
+from sentence_transformers import SentenceTransformer
+model, vectors, passages, query = sys.argv[1:]
+index, rows = faiss.read_index(vectors), json.load(open(passages, encoding="utf-8"))["passages"]
+scores, places = index.search(SentenceTransformer(model).encode([query], normalize_embeddings=True), 5)
+print(json.dumps([rows[place] for place in places[0]]))
+"""
+
+
+def seconds(command: list) -> float:
+    """Return how long a process takes."""
+    started = time.perf_counter()
+    done = subprocess.run([str(part) for part in command], capture_output=True)
+    assert done.returncode in (0, 1), done.stderr.decode()
+    return time.perf_counter() - started
+
+
+def search_command(index_dir: Path, mode: str) -> list:
+    return [sys.executable, REPOSITORY / "semantic_search.py", "--json", "--index-dir", index_dir, "--mode", mode]
+
+
+def cold(index_dir: Path, query: str) -> dict[str, float]:
+    """Return the median seconds of a fresh process, by mode; the modes take turns."""
+    runs = [{mode: seconds([*search_command(index_dir, mode), query]) for mode in MODES} for _ in range(5)]
+    return {mode: statistics.median(run[mode] for run in runs) for mode in MODES}
+
+
+def warm(index_dir: Path, queries: list[str]) -> dict[str, float]:
+    """Return the median seconds of a query through a pipe, by mode."""
+    medians = {}
+    for mode in MODES:
+        command = [str(part) for part in search_command(index_dir, mode)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            took = []
+            for query in queries:
+                started = time.perf_counter()
+                process.stdin.write(query.encode() + b"\n")
+                process.stdin.flush()
+                process.stdout.readline()
+                took.append(time.perf_counter() - started)
+            process.stdin.close()
+        medians[mode] = statistics.median(took[1:])
+    return medians
+
+
+def plain_search(index: Index, query: str) -> float:
+    """Return the median seconds of a fresh process that searches in the usual way."""
+    model = find_model(index.header["model"]["name"], config.BASE_MODEL_REVISION, fallback=False)[0]
+    vectors = index.folder / index.header["files"]["embeddings"][0]
+    command = [sys.executable, "-c", PLAIN_SEARCH, model, vectors, index.folder / "metadata.json", query]
+    return statistics.median(seconds(command) for _ in range(3))
+
+
+def make_large_index(index: Index, folder: Path, count: int) -> None:
+    """Write an index of `count` passages: those of an index again and again, a fourth of their words exchanged."""
+    rng, noise = random.Random(0), np.random.default_rng(0)
+    records = list(index.passages)
+    words = [word for record in records for word in record["text"].split()]
+    made = []
+    for number, record in zip(range(count), itertools.cycle(records), strict=False):
+        text = record["text"].split(" ")
+        for place in rng.choices(range(len(text)), k=len(text) // 4 + 1):
+            text[place] = rng.choice(words)
+        made.append(record | {"id": f"{number:016x}", "hash": f"{number:032x}", "text": " ".join(text)})
+    vectors = index.vectors.reconstruct_n(0, len(records))[np.arange(count) % len(records)]
+    vectors += noise.normal(0, 0.03, vectors.shape).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    model = index.header["model"]
+    folder.mkdir(parents=True)
+    relative = os.path.relpath((index.folder / model["folder"]).resolve(), folder.resolve())
+    kept = {name: index.header[name] for name in ("documents_root", "max_passage_chars", "documents", "search")}
+    header = kept | {"passage_count": count, "model": model | {"folder": relative}}
+    commit(folder, header, made, vectors, backups=0)
+
+
+def report(index_dir: Path, queries: list[str], plain: float | None) -> None:
+    """Print cold and warm times by mode, and how many times faster than the plain search the cold ones are."""
+    print(f"{len(load_index(index_dir).passages):,} passages in {index_dir}")
+    print(f"  {'mode':<10}{'cold':>9}{'faster by':>11}{'warm':>11}{'cold/warm':>11}")
+    warm_seconds = warm(index_dir, queries)
+    for mode, one in cold(index_dir, queries[0]).items():
+        ratio = f"{plain / one:.1f}×" if plain else "–"
+        per_query = warm_seconds[mode]
+        print(f"  {mode:<10}{one:>7.2f} s{ratio:>11}{1000 * per_query:>8.1f} ms{one / per_query:>10.0f}×")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--index-dir", type=Path, default=config.INDEX_DIR)
+    parser.add_argument("--passages", type=int, default=0, metavar="N", help="measure a made-up index of N, too")
+    parser.add_argument("--queries", type=int, default=200, metavar="N", help="sent through the pipe")
+    options = parser.parse_args()
+    index = load_index(options.index_dir)
+    texts = [" ".join(passage["text"].split()[:8]) for passage in index.passages]
+    queries = random.Random(1).sample(texts, min(options.queries, len(texts)))
+    plain = plain_search(index, queries[0])
+    print(f"SentenceTransformer, FAISS and JSON in a fresh process: {plain:.2f} s")
+    report(options.index_dir, queries, plain)
+    if options.passages:
+        with tempfile.TemporaryDirectory() as folder:
+            make_large_index(index, Path(folder) / "index", options.passages)
+            report(Path(folder) / "index", queries, None)
+
+
+if __name__ == "__main__":
+    main()
