@@ -54,6 +54,7 @@ BASE_MODEL = "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2"  # hu
 BASE_MODEL_REVISION = None  # a commit of the hub's repository, or None for its newest
 LOSS = "mnrl"  # mnrl: in-batch negatives; triplet: hard negatives mined with the base model
 EPOCHS = 3  # 1 to 5
+MAX_UNLABELLED_STEPS = 120  # pairs that no person labelled are trained on no longer: search gets worse again
 BATCH_SIZE = 32  # 16 to 32 on a CPU
 LEARNING_RATE = 5e-5  # short runs profit from more than the usual 2e-5; 1e-4 spoils terms and IDs
 TRAINING_TOKENS = 96  # texts are cut there while training: half again as many steps in the same time as 128

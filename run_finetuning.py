@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -559,23 +560,45 @@ def relevance(
 # ---------------------------------------------------------------------------------------------- training
 
 
-def training_columns(pairs: list[Pair], loss: str, model) -> tuple[dict[str, list[str]], list[frozenset[str]]]:
-    """Return the columns that the loss reads, and of each row the keys by which rows are kept apart (apart_keys).
+def usable_pairs(pairs: list[Pair], loss: str, model) -> list[Pair]:
+    """Return the pairs that the loss can use; for triplets, negatives are mined with the model where they are missing.
 
-    For triplets, negatives are mined with the model where they are missing.
+    Raises:
+        UserError: there are none.
     """
     with_negative = [pair for pair in pairs if pair.negative]
     if loss == "triplet":
-        mined = mine_negatives([pair for pair in pairs if not pair.negative], model)
-        pairs = with_negative = with_negative + mined
-        if not pairs:
+        with_negative += mine_negatives([pair for pair in pairs if not pair.negative], model)
+        if not with_negative:
             raise UserError("no hard negatives were found for these pairs; use --loss mnrl or more documents")
-    elif 0 < len(with_negative) < len(pairs):
+        return with_negative
+    if 0 < len(with_negative) < len(pairs):
         warn(f"{len(with_negative)} of {len(pairs)} pairs have a negative; --loss mnrl uses them when all have one")
+    return pairs
+
+
+def training_columns(pairs: list[Pair]) -> dict[str, list[str]]:
+    """Return the columns that the losses read, the negatives only where all pairs have one."""
     columns = {"anchor": [pair.anchor for pair in pairs], "positive": [pair.positive for pair in pairs]}
-    if len(with_negative) == len(pairs):
+    if all(pair.negative for pair in pairs):
         columns["negative"] = [pair.negative for pair in pairs]
-    return columns, apart_keys(pairs)
+    return columns
+
+
+def plan_rows(pairs: list[Pair], epochs: int, question_weight: int, max_unlabelled: int, seed: int) -> list[int]:
+    """Return the rows to train on: those that no person labelled once an epoch, but max_unlabelled at most in all.
+
+    Labelled questions come question_weight times an epoch, without a limit. Unlabelled pairs teach the documents'
+    words in about a hundred steps; from then on the search gets worse while the loss falls.
+    """
+    rng = random.Random(seed)
+    labelled = [row for row, pair in enumerate(pairs) if pair.strategy == "question"]
+    unlabelled = [row for row, pair in enumerate(pairs) if pair.strategy != "question"]
+    rounds = (rng.sample(unlabelled, len(unlabelled)) for _ in range(epochs))
+    return [
+        *itertools.islice(itertools.chain.from_iterable(rounds), max_unlabelled),
+        *labelled * epochs * question_weight,
+    ]
 
 
 def apart_keys(pairs: list[Pair]) -> list[frozenset[str]]:
@@ -604,8 +627,10 @@ def stable_hash(words: tuple[str, ...]) -> int:
     return zlib.crc32(" ".join(words).encode())
 
 
-def plan_batches(keys: list[frozenset[str]], batch_size: int, count: int, seed: int) -> list[list[int]]:
-    """Return `count` batches of rows, going round all rows in random orders; no two rows of a batch share a key.
+def plan_batches(
+    rows: list[int], keys: list[frozenset[str]], batch_size: int, count: int, seed: int
+) -> list[list[int]]:
+    """Return `count` batches of rows, going round the rows in random orders; no two rows of a batch share a key.
 
     A row that does not fit into a batch goes into the next; what fits into none until a round ends waits for another.
     """
@@ -621,7 +646,7 @@ def plan_batches(keys: list[frozenset[str]], batch_size: int, count: int, seed: 
             if not waiting:
                 if fresh:
                     break  # all rows do not make a full batch
-                waiting, passed, fresh = rng.sample(range(len(keys)), len(keys)), [], True
+                waiting, passed, fresh = rng.sample(rows, len(rows)), [], True
             row = waiting.pop()
             if taken.isdisjoint(keys[row]):
                 batch.append(row)
@@ -1046,12 +1071,12 @@ def read_json(path: Path) -> dict:
     return {}
 
 
-def plan_steps(pairs: int, seconds: float, budget_seconds: float, options: argparse.Namespace) -> int:
-    """Return the number of training steps: the epochs, cut to --max-steps and to the time that is left."""
-    wanted = options.max_steps or -(-pairs // (options.batch_size * processes())) * options.epochs
+def plan_steps(rows: int, seconds: float, budget_seconds: float, options: argparse.Namespace) -> int:
+    """Return the number of training steps: once through the rows, or --max-steps, cut to the time that is left."""
+    wanted = options.max_steps or -(-rows // (options.batch_size * processes()))
     steps = max(1, min(wanted, int(budget_seconds / seconds)))
     note = f" of {wanted} (config.MAX_TRAINING_MINUTES)" if steps < wanted else ""
-    print(f"{pairs:,} pairs, {steps} steps{note} of {options.batch_size}, about {steps * seconds / 60:.1f} minutes")
+    print(f"{steps} steps{note} of {options.batch_size} pairs, about {steps * seconds / 60:.1f} minutes")
     return steps
 
 
@@ -1060,7 +1085,13 @@ def run_identity(options: argparse.Namespace, base_folder: Path) -> str:
     names = ("training_data.tsv", "evaluation_data.tsv", "corpus.tsv")
     settings = ("loss", "epochs", "batch_size", "learning_rate", "max_steps", "seed")
     parts = [sha256_of(options.data_dir / name) for name in names] + [getattr(options, name) for name in settings]
-    parts += [model_fingerprint(base_folder), config.TRAINING_TOKENS, config.QUESTION_WEIGHT, processes()]
+    parts += [
+        model_fingerprint(base_folder),
+        config.TRAINING_TOKENS,
+        config.QUESTION_WEIGHT,
+        config.MAX_UNLABELLED_STEPS,
+    ]
+    parts.append(processes())
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -1082,16 +1113,19 @@ def fine_tune(
     from importlib import metadata
 
     mended = mend_tokenizer(model, [text for pair in pairs for text in pair[:2]])
-    questions = [pair for pair in pairs if pair.strategy == "question"]
-    columns, keys = training_columns(pairs + (config.QUESTION_WEIGHT - 1) * questions, options.loss, model)
+    pairs = usable_pairs(pairs, options.loss, model)
+    columns = training_columns(pairs)
+    max_unlabelled = config.MAX_UNLABELLED_STEPS * options.batch_size
+    rows = plan_rows(pairs, options.epochs, config.QUESTION_WEIGHT, max_unlabelled, options.seed)
     base_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
     window, model.max_seq_length = model.max_seq_length, min(model.max_seq_length, config.TRAINING_TOKENS)
     if is_first_process() and not planned:
         step_seconds = seconds_per_step(model, make_loss(options.loss, model), columns, options.batch_size)
-        planned = plan_steps(len(keys), step_seconds, budget_seconds, options)
+        print(f"{len(pairs):,} pairs, {len(rows):,} times trained on: ", end="")
+        planned = plan_steps(len(rows), step_seconds, budget_seconds, options)
         write_workspace(workspace(options.model_dir), identity, planned)
     steps = from_first_process(planned)
-    together = plan_batches(keys, options.batch_size * processes(), steps, options.seed)
+    together = plan_batches(rows, apart_keys(pairs), options.batch_size * processes(), steps, options.seed)
     batches = [rows[rank :: processes()] for rows in together for rank in range(processes())]
     history = train(model, columns, batches, watched, options)
     alpha, alphas = choose_weights(model, base_weights, watched) if is_first_process() else (1.0, {})

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -131,11 +132,10 @@ def test_triplets_are_mined_where_the_pairs_have_no_negative(chain, tmp_path):
     assert evaluation_of(tmp_path / "model")["pairs"] > 0
     pairs = [Pair("the anchor", "the positive", "the negative", "heading", "a.md")]
     model = load_model(chain.base, "cpu")
-    columns, _ = run_finetuning.training_columns(pairs, "triplet", model)
-    assert columns == {"anchor": ["the anchor"], "positive": ["the positive"], "negative": ["the negative"]}
-    assert run_finetuning.training_columns(pairs, "mnrl", model)[0] == columns
-    mixed, _ = run_finetuning.training_columns([pairs[0]._replace(negative=""), *pairs], "mnrl", model)
-    assert list(mixed) == ["anchor", "positive"]
+    assert run_finetuning.usable_pairs(pairs, "triplet", model) == run_finetuning.usable_pairs(pairs, "mnrl", model)
+    columns = {"anchor": ["the anchor"], "positive": ["the positive"], "negative": ["the negative"]}
+    assert run_finetuning.training_columns(pairs) == columns
+    assert list(run_finetuning.training_columns([pairs[0]._replace(negative=""), *pairs])) == ["anchor", "positive"]
 
 
 def test_a_mined_negative_stays_below_95_percent_of_its_positives_similarity(chain):
@@ -305,30 +305,29 @@ def test_no_batch_holds_two_pairs_of_one_section_template_or_near_copy(chain):
     pairs += [Pair(f"a{i}", f"p{i}", "", "x", "one.md", "One > Section") for i in range(5)]
     pairs += [Pair(f"b{i}", f"q{i}", "", "x", f"t{i}.md", f"Sprint {i} > Results of sprint {i}") for i in range(5)]
     pairs += [Pair(f"c{i}", f"{copy} and ending {i}", "", "x", f"n{i}.md", f"Copy > Of {words[i]}") for i in range(5)]
-    keys = run_finetuning.apart_keys(pairs)
-    plan = run_finetuning.plan_batches(keys, 8, 30, 1)
+    keys, rows = run_finetuning.apart_keys(pairs), list(range(len(pairs)))
+    plan = run_finetuning.plan_batches(rows, keys, 8, 30, 1)
     assert [len(batch) for batch in plan] == [8] * 30
     for batch in plan:
         kinds = [pairs[row].anchor[0] for row in batch if len(pairs[row].anchor) == 2]
         assert len(kinds) == len(set(kinds))
-    assert {row for batch in plan for row in batch} == set(range(len(pairs)))
-    assert plan == run_finetuning.plan_batches(keys, 8, 30, 1) != run_finetuning.plan_batches(keys, 8, 30, 2)
+    assert {row for batch in plan for row in batch} == set(rows)
+    assert plan == run_finetuning.plan_batches(rows, keys, 8, 30, 1)
+    assert plan != run_finetuning.plan_batches(rows, keys, 8, 30, 2)
 
 
 def test_pairs_that_all_share_a_section_still_make_batches():
     keys = [frozenset({"section"})] * 5
-    assert [len(batch) for batch in run_finetuning.plan_batches(keys, 4, 3, 1)] == [1, 1, 1]
+    assert [len(batch) for batch in run_finetuning.plan_batches(list(range(5)), keys, 4, 3, 1)] == [1, 1, 1]
 
 
-def test_a_labelled_question_is_trained_on_more_often_than_another_pair(chain, tmp_path, monkeypatch):
-    data = shutil.copytree(chain.data, tmp_path / "data")
-    pairs = [pair._replace(strategy="question") for pair in run_finetuning.read_pairs(data)[:6]]
-    write_tsv(data / "training_data.tsv", pairs, Pair._fields)
-    seen = []
-    plan = run_finetuning.plan_batches
-    monkeypatch.setattr(run_finetuning, "plan_batches", lambda keys, *more: seen.append(len(keys)) or plan(keys, *more))
-    assert train(data, tmp_path / "model", chain.base) == 0
-    assert seen == [6 * config.QUESTION_WEIGHT]
+def test_labelled_questions_are_trained_on_more_often_and_without_the_limit():
+    kinds = ["question"] * 2 + ["heading"] * 10
+    pairs = [Pair(f"a{i}", f"p{i}", "", kind, "a.md") for i, kind in enumerate(kinds)]
+    times = Counter(run_finetuning.plan_rows(pairs, 3, 4, 15, 1))
+    assert times[0] == times[1] == 12
+    assert sum(times[row] for row in range(2, 12)) == 15 and {times[row] for row in range(2, 12)} == {1, 2}
+    assert Counter(run_finetuning.plan_rows(pairs, 3, 4, 1000, 1))[5] == 3
 
 
 # ------------------------------------------------------------------------------------------------- wrong use
@@ -515,12 +514,12 @@ def test_an_answer_that_is_not_in_the_corpus_is_an_error():
 
 
 def test_the_schedule_is_cut_to_the_time_that_is_left(capsys):
-    options = argparse.Namespace(max_steps=0, batch_size=10, epochs=2)
-    assert run_finetuning.plan_steps(95, 1.0, 1000.0, options) == 20
-    assert run_finetuning.plan_steps(95, 1.0, 7.5, options) == 7
+    options = argparse.Namespace(max_steps=0, batch_size=10)
+    assert run_finetuning.plan_steps(195, 1.0, 1000.0, options) == 20
+    assert run_finetuning.plan_steps(195, 1.0, 7.5, options) == 7
     assert "7 steps of 20 (config.MAX_TRAINING_MINUTES)" in capsys.readouterr().out
-    assert run_finetuning.plan_steps(95, 1.0, -5.0, options) == 1
-    assert run_finetuning.plan_steps(95, 1.0, 1000.0, argparse.Namespace(max_steps=3, batch_size=10, epochs=2)) == 3
+    assert run_finetuning.plan_steps(195, 1.0, -5.0, options) == 1
+    assert run_finetuning.plan_steps(195, 1.0, 1000.0, argparse.Namespace(max_steps=3, batch_size=10)) == 3
 
 
 def test_a_vocabulary_that_knows_turkish_letters_is_left_as_it_is(tiny_multilingual_model):
