@@ -86,7 +86,7 @@ def test_metadata_keeps_its_contract(built):
     first, _, body = content.partition(b"\n")
     whole = json.loads(content)
     assert whole["checksum"] == hashlib.sha256(body).hexdigest() and whole["checksum"].encode() in first
-    assert whole["format"] == 1 and whole["dimensions"] == 32
+    assert whole["format"] == 2 and whole["dimensions"] == 32
     assert whole["passage_count"] == len(whole["passages"]) == content.count(b'"start_line"')
     assert len(content.splitlines()) == 2 + len(whole["passages"]) + 1
     assert whole["documents_root"] == str(built.project.resolve())
@@ -335,7 +335,7 @@ def test_json_that_is_no_metadata_is_one_line_and_exit_code_2(built, content):
 
 def test_an_index_of_another_format_version_is_built_anew(built):
     path = built.index / "metadata.json"
-    path.write_bytes(path.read_bytes().replace(b'"format": 1', b'"format": 0'))
+    path.write_bytes(path.read_bytes().replace(b'"format": 2', b'"format": 0'))
     status, line = built.search("bütçe", "keyword")
     assert status == 2 and "format 0" in line and COMMAND.search(line)
     assert built.build()[0] == 0
