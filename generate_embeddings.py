@@ -33,6 +33,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -372,12 +373,15 @@ def write_vectors(path: Path, vectors: np.ndarray, factory: str) -> bool:
 
     count, dimensions = vectors.shape
     if factory == "auto":
-        factory = "Flat" if count <= EXACT_PASSAGES else f"IVF{2 ** round(math.log2(4 * math.sqrt(count)))},Flat"
+        factory = "Flat" if count <= EXACT_PASSAGES else f"IVF{2 ** round(math.log2(2 * math.sqrt(count)))},Flat"
     try:
         index = faiss.index_factory(dimensions, factory, faiss.METRIC_INNER_PRODUCT)
+        cells = faiss.try_extract_index_ivf(index)
+        if cells:
+            cells.cp.max_points_per_centroid = 64  # a quarter of the usual: trained in a quarter of the time
         index.train(vectors)
         index.add(vectors)
-        if cells := faiss.try_extract_index_ivf(index):
+        if cells:
             cells.make_direct_map()  # where each vector is, so that it can be had back
         sample = np.linspace(0, count - 1, min(count, 500)).astype(np.int64)
         exact = np.array_equal(index.reconstruct_batch(sample), vectors[sample])
@@ -515,10 +519,18 @@ def restore(index_dir: Path) -> dict:
 
 def write_metadata(path: Path, header: dict, records: list[dict]) -> None:
     """Write metadata.json: the checksum on line 1, the header on line 2, then a passage a line."""
-    opening = json.dumps(header, ensure_ascii=False).removesuffix("}") + ', "passages": [\n'
-    lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-    body = f"{opening}{lines}\n]}}\n".removeprefix("{").encode()
-    path.write_bytes(b'{"checksum": "%s",\n' % hashlib.sha256(body).hexdigest().encode() + body)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        file.write(b'{"checksum": "%s",\n' % digest.hexdigest().encode())  # in its place until it is known
+        opening = json.dumps(header, ensure_ascii=False)[1:-1] + ', "passages": [\n'
+        lines = (json.dumps(record, ensure_ascii=False) for record in records)
+        endings = itertools.chain(itertools.repeat(",\n", len(records) - 1), ["\n]}\n"])
+        for part in itertools.chain([opening], map("".join, zip(lines, endings, strict=True))):
+            content = part.encode()
+            digest.update(content)
+            file.write(content)
+        file.seek(0)
+        file.write(b'{"checksum": "%s",\n' % digest.hexdigest().encode())
 
 
 def read_metadata(path: Path) -> tuple[dict, list[dict]]:
