@@ -625,26 +625,32 @@ class Index:
         self.folder = index_dir
         self.header, self.passages = read_metadata(index_dir / METADATA)
 
-    def open_file(self, kind: str, opener: Callable):
-        """Return what opener makes of one of the index's files.
+    def reopen(self) -> None:
+        """Go over to the index that is current now."""
+        folder = self.folder
+        self.__dict__.clear()
+        self.__init__(folder)
+
+    def open_part(self, kind: str, opener: Callable[[Path], object]):
+        """Return what opener makes of one of the index's files, or of the folder for the encoder.
 
         Raises:
-            Superseded: the file is gone because newer indexes have been committed since.
-            UserError: the file is damaged.
+            Superseded: it is gone because newer indexes have been committed since this one was opened.
+            UserError: it is damaged.
         """
         try:
-            return opener(checked_file(self.folder, self.header, kind))
-        except (UserError, RuntimeError, sqlite3.Error):
+            return opener(self.folder if kind == "encoder" else checked_file(self.folder, self.header, kind))
+        except (UserError, RuntimeError, sqlite3.Error) as error:
             if read_header(self.folder / METADATA)["id"] != self.header["id"]:
-                raise Superseded(f"{self.folder} has been built anew meanwhile; search again") from None
-            raise UserError(damaged(self.folder / self.header["files"][kind][0])) from None
+                raise Superseded(f"{self.folder} was built anew meanwhile; search again") from None
+            raise error if isinstance(error, UserError) else UserError(damaged(self.folder / METADATA)) from None
 
     @functools.cached_property
     def vectors(self):
         """The FAISS index."""
         import faiss
 
-        return self.open_file("embeddings", lambda path: faiss.read_index(str(path)))
+        return self.open_part("embeddings", lambda path: faiss.read_index(str(path)))
 
     @functools.cached_property
     def sample_vectors(self) -> np.ndarray:
@@ -654,16 +660,18 @@ class Index:
 
     @functools.cached_property
     def keywords(self) -> sqlite3.Connection:
-        uri = "{}?mode=ro&immutable=1"
-        return self.open_file("keywords", lambda path: sqlite3.connect(uri.format(path.resolve().as_uri()), uri=True))
+        place = "{}?mode=ro&immutable=1"
+        return self.open_part("keywords", lambda path: sqlite3.connect(place.format(path.resolve().as_uri()), uri=True))
 
     @functools.cached_property
     def encoder(self) -> Encoder:
-        return load_encoder(self.header["model"], self.folder)
+        return self.open_part("encoder", lambda folder: load_encoder(self.header["model"], folder))
 
     def changed_documents(self) -> list[str]:
-        """Return the documents that are gone or not as they were when the index was made."""
+        """Return the documents that are gone or not as they were; none where the index is used without them."""
         root = Path(self.header["documents_root"])
+        if not root.is_dir():
+            return []
         return [name for name, state in self.header["documents"].items() if file_changed(root / name, state)]
 
 

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import config
 from config import UserError
-from generate_embeddings import Index, load_index
+from generate_embeddings import Index, Superseded, load_index
 from prepare_finetuning_data import plain_text, sentences, warn
 from run_finetuning import combined_scores, keyword_scores
 
@@ -109,16 +109,23 @@ def search(index: Index, query: str, mode: str, top_k: int, semantic_weight: flo
     if len(query) > MAX_QUERY_CHARS:
         warn(f"only the first {MAX_QUERY_CHARS:,} of the query's {len(query):,} characters are searched")
         query = query[:MAX_QUERY_CHARS]
+    while True:
+        try:
+            return make_results(index, all_scores(index, query, mode, top_k, semantic_weight), top_k)
+        except Superseded:  # newer indexes were committed since this one was opened, and its files removed
+            index.reopen()
+
+
+def all_scores(index: Index, query: str, mode: str, top_k: int, semantic_weight: float) -> dict[int, float]:
+    """Return the scores of the passages that the mode puts up, by place in index.passages."""
     candidates = min(max(CANDIDATES, 2 * top_k), len(index.passages))
     if mode == "semantic":
-        scores = semantic_scores(index, query, candidates)
-    elif mode == "keyword":
-        scores = keyword_scores(index.keywords, query, candidates)
-    else:
-        score = task_scores if mode == "task" else hybrid_scores
-        combined = score(index, query, candidates, semantic_weight)
-        scores = {place: 1 / (1 + math.exp(-value)) for place, value in combined.items()}
-    return make_results(index, scores, top_k)
+        return semantic_scores(index, query, candidates)
+    if mode == "keyword":
+        return keyword_scores(index.keywords, query, candidates)
+    score = task_scores if mode == "task" else hybrid_scores
+    combined = score(index, query, candidates, semantic_weight)
+    return {place: 1 / (1 + math.exp(-value)) for place, value in combined.items()}
 
 
 def make_results(index: Index, scores: dict[int, float], top_k: int) -> list[dict]:
@@ -244,6 +251,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.top_k < 1:
         raise UserError(f"--top-k {options.top_k} is too low; the least is 1")
     index = load_index(options.index_dir)
+    if changed := index.changed_documents():
+        warn(f"{options.index_dir} is older than {len(changed)} of its documents; run generate_embeddings.py")
     if options.query:
         found = answer(index, " ".join(options.query), options)
     elif sys.stdin.isatty():
