@@ -63,7 +63,7 @@ from prepare_finetuning_data import (
     sha256_of,
     text_for_model,
 )
-from run_finetuning import Encoder, export_onnx, load_model, model_fingerprint, write_keywords
+from run_finetuning import Encoder, load_model, model_fingerprint, save_with_onnx, write_keywords
 
 FORMAT = 2
 METADATA = "metadata.json"
@@ -153,8 +153,7 @@ def prepare_encoder(folder: Path, fingerprint: str, index_dir: Path) -> dict:
                 return {"folder": before["folder"], "files": before["files"]}
         model = load_model(source, "cpu")
         with replacing(folder) as temporary:
-            model.save_pretrained(str(temporary), safe_serialization=True)
-            export_onnx(model, temporary, ["a short text", "bir başka, biraz daha uzun metin"])
+            save_with_onnx(model, temporary, ["a short text", "bir başka, biraz daha uzun metin"])
             remove(temporary / "model.safetensors")  # the ONNX file holds the weights
         remove(previous(folder))
     files = {name: file_state(folder / name) for name in ENCODER_FILES}
@@ -392,7 +391,8 @@ def write_vectors(path: Path, vectors: np.ndarray, factory: str) -> bool:
             f"config.FAISS_INDEX {factory!r} does not fit {count} passages of {dimensions} dimensions ({reason});"
             ' set it to "auto"'
         ) from None
-    faiss.write_index(index, str(path))
+    with path.open("wb") as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
     return exact
 
 

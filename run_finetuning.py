@@ -531,16 +531,31 @@ def save_model(model, folder: Path, evaluation: dict, texts: list[str]) -> None:
         UserError: ONNX and PyTorch disagree on an embedding of texts by more than 1e-3 cosine; nothing is replaced.
     """
     with replacing(folder) as temporary:
-        model.save_pretrained(str(temporary), safe_serialization=True)
+        save_with_onnx(model, temporary, texts)
         # A class such as BertTokenizer would build its own rules when it is loaded; this one reads tokenizer.json's.
         settings = read_json(temporary / "tokenizer_config.json") | {"tokenizer_class": "PreTrainedTokenizerFast"}
         (temporary / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        export_onnx(model, temporary, texts)
         (temporary / "evaluation.json").write_text(
             json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
         with (temporary / "README.md").open("a", encoding="utf-8") as card:
             card.write(card_section(evaluation))
+
+
+def save_with_onnx(model, folder: Path, texts: list[str]) -> None:
+    """Write a model in the Sentence Transformers format and as ONNX, which must agree on texts.
+
+    Raises:
+        UserError: they do not, or there is no room.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(str(folder), safe_serialization=True)
+        export_onnx(model, folder, texts)
+    except (RuntimeError, SafetensorError) as error:  # where others raise an OSError
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder.parent} can not be written to ({reason}); make room or name another place") from None
 
 
 def card_section(evaluation: dict) -> str:
