@@ -239,18 +239,21 @@ def test_saving_a_model_killed_at_any_moment_leaves_search_with_the_index_s_mode
         assert whole.status == 0, whole.printed
     assert run(server, place.build).status == 0
     written = 0
-    swap = range(whole.events - 4, whole.events + 1)  # the new folder takes the place of the old one at the end
-    for number, moment in enumerate([*moments(whole.events - 5, 10), *swap], 1):
+    # The last file operations swap the folders; how many there are differs a little from run to run.
+    last = range(whole.events - 18, whole.events + 1, 2)
+    killed = 0
+    for number, moment in enumerate([*moments(whole.events - 20, 10), *last], 1):
         for leftover in place.model.parent.glob(".*.new"):
             shutil.rmtree(leftover)  # else its removal, too, counts as file operations
-        killed = run(server, Saving(chain.base, place.model, number), kill_at=max(1, round(moment)))
-        assert killed.status == -signal.SIGKILL, killed.printed
+        done = run(server, Saving(chain.base, place.model, number), kill_at=max(1, round(moment)))
+        assert done.status in (0, -signal.SIGKILL), done.printed
+        killed += done.status != 0
         assert version_of(place.index) == answers(place.index, capsys) == 0
         config.restore_previous(place.model)
         Encoder(place.model)
         load_model(place.model, "cpu")
         written += run(server, place.build).printed.count("the model changed")
-    assert 0 < written < 15
+    assert killed >= 15 and 0 < written < 15
     assert run(server, Saving(chain.base, place.model, 99)).status == 0
     assert version_of(place.index) == 0
     assert not list(place.model.parent.glob(".*.new"))
