@@ -472,12 +472,8 @@ def commit(index_dir: Path, header: dict, records: list[dict], vectors: np.ndarr
 
 def prune(index_dir: Path, backups: int) -> None:
     """Remove, of the names that this script gives, all that neither the index nor its kept backups use."""
-    readable = []
-    for path in backup_files(index_dir):
-        with contextlib.suppress(UserError):
-            readable.append((path, read_header(path)))
     used: set[str] = set()
-    for path, header in [(index_dir / METADATA, read_header(index_dir / METADATA)), *readable[:backups]]:
+    for path, header in readable_indexes(index_dir)[: 1 + backups]:
         used.add(path.name)
         used |= {name for name, *_ in header["files"].values()} | {Path(header["model"]["folder"]).name}
     patterns = ("metadata-*.json", "embeddings-*.index", "keywords-*.sqlite", "encoder-*", "unfinished-*.npz")
@@ -490,6 +486,17 @@ def prune(index_dir: Path, backups: int) -> None:
 def backup_files(index_dir: Path) -> list[Path]:
     """Return the metadata files of the backups, newest first."""
     return sorted(index_dir.glob("metadata-*.json"), reverse=True)
+
+
+def readable_indexes(index_dir: Path) -> list[tuple[Path, dict]]:
+    """Return metadata file and header of the index and of its backups that can be read, newest first."""
+    found = [(index_dir / METADATA, read_header(index_dir / METADATA))]
+    for path in backup_files(index_dir):
+        with contextlib.suppress(UserError):
+            header = read_header(path)
+            if header["id"] != found[0][1]["id"]:  # else it is a copy made for a commit that did not come
+                found.append((path, header))
+    return found
 
 
 def restore(index_dir: Path) -> dict:
@@ -534,55 +541,39 @@ def write_metadata(path: Path, header: dict, records: list[dict]) -> None:
 
 
 def read_metadata(path: Path) -> tuple[dict, list[dict]]:
-    """Return the header and the passages of metadata.json, read a line at a time.
-
-    Raises:
-        UserError: the file is missing, damaged or of another format version.
-    """
+    """Return the header and the passages of metadata.json; raises what read_header does."""
     records: list[dict] = []
-    header = scan_metadata(path, lambda line: records.append(orjson.loads(line.rstrip(b",\n"))))
+    header = read_header(path, lambda line: records.append(orjson.loads(line.rstrip(b",\n"))))
     return header, records
 
 
-def scan_metadata(path: Path, take_passage: Callable[[bytes], None]) -> dict:
-    """Give each passage line of metadata.json to take_passage; return the header once the checksum has proved right.
+def read_header(path: Path, take_passage: Callable[[bytes], object] | None = None) -> dict:
+    """Return metadata.json without its passages, reading two lines of it; with take_passage, give that the others.
 
     The file is opened once: a commit in the meantime puts another in its place and leaves this one as it is.
+
+    Raises:
+        UserError: the file is missing, damaged (the checksum is for those who take the passages) or of another format.
     """
-    with opened_metadata(path) as (file, checksum, opening, header):
-        digest = hashlib.sha256(opening)
-        for line in file:
-            digest.update(line)
-            if line.startswith(b"{"):
-                take_passage(line)
-        if digest.hexdigest().encode() not in checksum:
-            raise UserError(damaged(path))
-    return header
-
-
-def read_header(path: Path) -> dict:
-    """Return metadata.json without its passages, reading two lines of it."""
-    with opened_metadata(path) as (_, _, _, header):
-        return header
-
-
-@contextlib.contextmanager
-def opened_metadata(path: Path) -> Iterator[tuple]:
-    """Open metadata.json; yield the file at its passages, its first and second line, and the header in them."""
     try:
         with path.open("rb") as file:
             checksum, opening = file.readline(), file.readline()
             header = orjson.loads(checksum + opening + b"]}")
             if header.get("format") != FORMAT:
-                raise UserError(
-                    f"{path} has format {header.get('format')}, not {FORMAT};"
-                    " run generate_embeddings.py to build it anew"
-                )
-            yield file, checksum, opening, header
+                found = f"{path} has format {header.get('format')}, not {FORMAT}"
+                raise UserError(f"{found}; run generate_embeddings.py to build it anew")
+            digest = hashlib.sha256(opening)
+            for line in file if take_passage else ():
+                digest.update(line)
+                if line.startswith(b"{"):
+                    take_passage(line)
     except FileNotFoundError:
         raise UserError(f"no index in {path.parent}; run generate_embeddings.py first") from None
     except (OSError, ValueError):
         raise UserError(damaged(path)) from None
+    if take_passage and digest.hexdigest().encode() not in checksum:
+        raise UserError(damaged(path))
+    return header
 
 
 def whole_header(index_dir: Path, path: Path) -> dict:
@@ -591,7 +582,7 @@ def whole_header(index_dir: Path, path: Path) -> dict:
     Raises:
         UserError: one of them is missing or damaged.
     """
-    header = scan_metadata(path, lambda line: None)
+    header = read_header(path, len)
     for kind in header["files"]:
         checked_file(index_dir, header, kind)
     return header
@@ -689,14 +680,7 @@ def load_index(index_dir: Path) -> Index:
 
 def list_backups(index_dir: Path) -> None:
     """Print the index and its backups, newest first: date, passages, size, model."""
-    for path in [index_dir / METADATA, *backup_files(index_dir)]:
-        try:
-            header = read_header(path)
-        except UserError as error:
-            if path.name == METADATA:
-                raise
-            print(f"warning: {error}", file=sys.stderr)
-            continue
+    for path, header in readable_indexes(index_dir):
         megabytes = (sum(length for _, length, _ in header["files"].values()) + path.stat().st_size) / 1e6
         count, model = header["passage_count"], header["model"]["name"]
         print(f"{header['created']}  {count:>8,} passages  {megabytes:>8.1f} MB  {model}")
