@@ -753,6 +753,7 @@ def build(
     root, max_chars = Path(wanted["documents_root"]), wanted["max_passage_chars"]
     records = distinct_passages(root, wanted["documents"], kept, documents_before, max_chars, max_document_mb)
     vectors, embedded = embed(records, known, model, source, index_dir, device)
+    known.clear()  # a million vectors are 1.5 GB: none is to be held twice while FAISS makes its own copy
     commit(index_dir, wanted, records, vectors, backups)
     return len(records), embedded
 
