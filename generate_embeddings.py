@@ -19,25 +19,30 @@ Only passages that are new are embedded; the others keep their vectors. Files wr
     encoder-<fingerprint>/   the ONNX form of a model whose own folder has none (a base model)
 
 metadata.json: {"checksum": SHA-256 of all lines below the first, "format": 2, "id", "created", "documents_root",
-"max_passage_chars", "passage_count", "documents": {source_file: [bytes, modified in ns, SHA-256]}, "model": {"name",
-"folder" relative to the index, "fingerprint", "onnx": [bytes, modified in ns, SHA-256]}, "search": {"semantic_weight"}
-(as the model's evaluation.json has it, or {}), "dimensions", "files": {"embeddings" or "keywords": [name, bytes,
+"max_passage_chars", "scripts": SHA-256 of the code that cuts passages and words, "faiss_index": config.FAISS_INDEX,
+"documents": {source_file: state}, "model": {"name", "fingerprint", "folder" relative to the index, "files": {name:
+state}}, "search": {"semantic_weight"} (as the model's evaluation.json has it, or {}), "passage_count", "dimensions",
+"keeps_vectors": whether the FAISS index gives vectors back exactly, "files": {"embeddings" or "keywords": [name, bytes,
 SHA-256]}, "passages": [{"id", "source_file", "also_in": [other files with the same text], "heading": [path],
-"chunk_index", "start_line", "end_line", "text", "hash"}, one a line]}
+"chunk_index", "start_line", "end_line", "text", "hash"}, one a line]}; a state is [bytes, modified in ns, SHA-256].
+
+torchrun --nproc-per-node N generate_embeddings.py spreads the embedding over N processes; rank 0 does all the rest.
 """
 
 import argparse
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
+import math
 import os
 import shutil
 import sqlite3
 import sys
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -47,17 +52,18 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import config
-from config import UserError, remove, replacing, restore_previous
+from config import UserError, previous, remove, replacing, restore_previous, sync
 from prepare_finetuning_data import (
     Passage,
     add_document_options,
+    cut_passages,
     find_documents,
     find_model,
-    read_passages,
+    read_document,
     sha256_of,
     text_for_model,
 )
-from run_finetuning import Encoder, export_onnx, load_model, model_fingerprint, read_json, write_keywords
+from run_finetuning import Encoder, load_model, model_fingerprint, read_json, save_with_onnx, write_keywords
 
 FORMAT = 2
 METADATA = "metadata.json"
@@ -65,47 +71,93 @@ METADATA = "metadata.json"
 # ----------------------------------------------------------------------------------------- the passages
 
 
-def distinct_passages(passages: list[Passage]) -> list[dict]:
-    """Return metadata records, one for each distinct text under one heading path, with the other files that have it."""
+def distinct_passages(
+    documents_root: Path, documents: dict, before: list[dict], documents_before: dict, max_chars: int, max_mb: float
+) -> list[dict]:
+    """Return a metadata record for each distinct text under one heading path, with the other files that have it.
+
+    Documents that are as they were before keep their records from the index before; only the others are cut.
+
+    Raises:
+        UserError: none of the documents holds any text.
+    """
+    root = documents_root.resolve()
+    order = {name: place for place, name in enumerate(documents)}
+    unchanged = {name for name, state in documents.items() if documents_before.get(name, [None])[-1] == state[-1]}
+    records, to_cut = kept_records(before, unchanged)
+    to_cut |= documents.keys() - unchanged
+    for name in tqdm(sorted(to_cut, key=order.get), "reading", unit="file", disable=None, leave=False, delay=2):
+        text = read_document(root / name, max_mb)
+        for passage in cut_passages(text, name, max_chars) if text is not None else ():
+            add_passage(records, passage, order)
+    if not records:
+        raise UserError(f"the documents in {documents_root} hold no text; see the warnings above")
+    return sorted(records.values(), key=lambda record: (order[record["source_file"]], record["chunk_index"]))
+
+
+def kept_records(before: list[dict], unchanged: set[str]) -> tuple[dict[str, dict], set[str]]:
+    """Return the records that the unchanged documents share in, by hash, and the documents to cut for their places.
+
+    Where the first document with a text has changed, an unchanged one takes its place, but where the text stands in
+    that one is not on record: its chunk_index is None until it is cut.
+    """
     records: dict[str, dict] = {}
-    for passage in passages:
-        digest = hashlib.sha256("\n".join([*passage.heading, passage.text]).encode()).hexdigest()[:32]
-        record = records.get(digest)
-        if record is None:
-            records[digest] = {
-                "id": digest[:16],
-                "source_file": passage.source_file,
-                "also_in": [],
-                "heading": list(passage.heading),
-                "chunk_index": passage.chunk_index,
-                "start_line": passage.start_line,
-                "end_line": passage.end_line,
-                "text": passage.text,
-                "hash": digest,
-            }
-        elif passage.source_file not in (record["source_file"], *record["also_in"]):
-            record["also_in"].append(passage.source_file)
-    return list(records.values())
+    to_cut: set[str] = set()
+    for record in before:
+        files = [name for name in (record["source_file"], *record["also_in"]) if name in unchanged]
+        if files:
+            if files[0] != record["source_file"]:
+                record["chunk_index"] = None
+                to_cut.add(files[0])
+            record["source_file"], record["also_in"] = files[0], files[1:]
+            records[record["hash"]] = record
+    return records, to_cut
+
+
+def add_passage(records: dict[str, dict], passage: Passage, order: dict[str, int]) -> None:
+    """Add a passage to the records by hash; the first document that has it is its source, the others its also_in."""
+    digest = hashlib.sha256("\n".join([*passage.heading, passage.text]).encode()).hexdigest()[:32]
+    record = records.setdefault(
+        digest,
+        {
+            "id": digest[:16],
+            "source_file": passage.source_file,
+            "also_in": [],
+            "heading": list(passage.heading),
+            "chunk_index": None,
+            "start_line": passage.start_line,
+            "end_line": passage.end_line,
+            "text": passage.text,
+            "hash": digest,
+        },
+    )
+    first, *others = sorted({passage.source_file, record["source_file"], *record["also_in"]}, key=order.get)
+    if first == passage.source_file and (record["chunk_index"] is None or first != record["source_file"]):
+        record["chunk_index"] = passage.chunk_index
+        record["start_line"], record["end_line"] = passage.start_line, passage.end_line
+    record["source_file"], record["also_in"] = first, others
 
 
 # ------------------------------------------------------------------------------------------ the encoder
 
+ENCODER_FILES = ("onnx/model.onnx", "tokenizer.json", "config.json")
+
 
 def prepare_encoder(folder: Path, fingerprint: str, index_dir: Path) -> dict:
     """Return where the ONNX form of a model is, exporting it into the index folder if the model has none."""
-    if not onnx_file(folder).is_file():
+    if not (folder / ENCODER_FILES[0]).is_file():
         source, folder = folder, index_dir / f"encoder-{fingerprint[:12]}"
-        if not folder.is_dir():
-            model = load_model(source, "cpu")
-            with replacing(folder) as temporary:
-                model.save_pretrained(str(temporary), safe_serialization=True)
-                export_onnx(model, temporary, ["a short text", "bir başka, biraz daha uzun metin"])
-                remove(temporary / "model.safetensors")  # the ONNX file holds the weights
-    return {"folder": os.path.relpath(folder.resolve(), index_dir.resolve()), "onnx": file_state(onnx_file(folder))}
-
-
-def onnx_file(folder: Path) -> Path:
-    return folder / "onnx" / "model.onnx"
+        with contextlib.suppress(UserError):
+            before = read_header(index_dir / METADATA)["model"]
+            if before["fingerprint"] == fingerprint and encoder_is_whole(folder, before):
+                return {"folder": before["folder"], "files": before["files"]}
+        model = load_model(source, "cpu")
+        with replacing(folder) as temporary:
+            save_with_onnx(model, temporary, ["a short text", "bir başka, biraz daha uzun metin"])
+            remove(temporary / "model.safetensors")  # the ONNX file holds the weights
+        remove(previous(folder))
+    files = {name: file_state(folder / name) for name in ENCODER_FILES}
+    return {"folder": os.path.relpath(folder.resolve(), index_dir.resolve()), "files": files}
 
 
 def file_state(path: Path) -> list:
@@ -117,63 +169,182 @@ def file_changed(path: Path, state: list) -> bool:
     """Tell whether a file differs from its recorded state; its content is read only where size and time leave doubt."""
     try:
         now = path.stat()
+        return now.st_size != state[0] or (now.st_mtime_ns != state[1] and sha256_of(path) != state[2])
     except OSError:
         return True
-    return now.st_size != state[0] or (now.st_mtime_ns != state[1] and sha256_of(path) != state[2])
+
+
+def encoder_is_whole(folder: Path, model: dict) -> bool:
+    return not any(file_changed(folder / name, state) for name, state in model["files"].items())
 
 
 def load_encoder(model: dict, index_dir: Path) -> Encoder:
     """Load the encoder an index was made with; model is the record of it in metadata.json.
 
+    The model before stands in while a newly tuned one waits for its index. Files are compared once more after they
+    are read, because the folder may be swapped meanwhile.
+
     Raises:
         UserError: the model is gone or has changed since, so that its vectors and the index's do not belong together.
     """
     folder = index_dir / model["folder"]
-    restore_previous(folder)
-    if file_changed(onnx_file(folder), model["onnx"]):
-        raise UserError(
-            f"the model {model['name']} is gone or has changed since {index_dir} was made;"
-            " run generate_embeddings.py again (keyword search still works: --mode keyword)"
-        )
-    return Encoder(folder, threads=1)
+    for place in (folder, previous(folder)):
+        if encoder_is_whole(place, model):
+            with contextlib.suppress(UserError):
+                encoder = Encoder(place)
+                if encoder_is_whole(place, model):
+                    return encoder
+    raise UserError(
+        f"the model {model['name']} is gone or has changed since {index_dir} was made;"
+        " run generate_embeddings.py again (keyword search still works: --mode keyword)"
+    )
+
+
+def encoding_function(source: Path, folder: Path, device: str | None) -> Callable[[list[str]], np.ndarray]:
+    """Return what embeds a list of texts: a GPU with half precision and large batches where there is one, else ONNX.
+
+    source: the model in the Sentence Transformers format; folder: its ONNX form. device: "cpu", "cuda" or None.
+    """
+    if device != "cpu" and shutil.which("nvidia-smi"):  # torch takes seconds to import: not without need
+        import torch
+
+        if torch.cuda.is_available():
+            return half_precision(load_model(source, f"cuda:{os.environ.get('LOCAL_RANK', 0)}"))
+    return Encoder(folder).encode
+
+
+def half_precision(model) -> Callable[[list[str]], np.ndarray]:
+    """Return what embeds a list of texts with a SentenceTransformer in fp16, whole lots at a time."""
+    model.half()
+
+    def encode(texts: list[str]) -> np.ndarray:
+        vectors = model.encode(texts, batch_size=EMBED_AT_ONCE, show_progress_bar=False).astype(np.float32)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    return encode
+
+
+# ------------------------------------------------------------------------------- many processes (torchrun)
+
+
+@contextlib.contextmanager
+def joined_processes() -> Iterator[int]:
+    """Join the processes that torchrun has started; yield the rank of this one, 0 where it is alone.
+
+    Raises:
+        UserError: one of them died.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield 0
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    try:
+        yield dist.get_rank()
+        for rank in range(1, dist.get_world_size()) if dist.get_rank() == 0 else ():
+            send_texts(rank, [])
+    except RuntimeError as error:
+        raise UserError(f"a process of this run died ({str(error).splitlines()[0]}); run again to go on") from None
+    finally:
+        dist.destroy_process_group()
+
+
+def send_texts(rank: int, message: list) -> None:
+    """Send a list of strings to a rank as JSON; an empty one ends its work."""
+    import torch
+    import torch.distributed as dist
+
+    content = torch.frombuffer(bytearray(orjson.dumps(message)), dtype=torch.uint8)
+    dist.send(torch.tensor([len(content)]), rank)
+    dist.send(content, rank)
+
+
+def encode_for_rank_0(device: str | None) -> None:
+    """Embed the lots that rank 0 sends, until it sends an empty one."""
+    import torch
+    import torch.distributed as dist
+
+    encode = None
+    while True:
+        length = torch.zeros(1, dtype=torch.int64)
+        dist.recv(length, 0)
+        content = torch.empty(int(length), dtype=torch.uint8)
+        dist.recv(content, 0)
+        if not (message := orjson.loads(content.numpy().tobytes())):
+            return
+        source, folder, *texts = message
+        encode = encode or encoding_function(Path(source), Path(folder), device)
+        dist.send(torch.from_numpy(encode(texts)), 0)
+
+
+def encode_lots(
+    lots: list[list[dict]], source: Path, folder: Path, device: str | None
+) -> Iterator[tuple[list[dict], np.ndarray]]:
+    """Yield each lot of records with its vectors, in order; with torchrun, every process embeds one lot in turn."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    encode = encoding_function(source, folder, device) if lots else None
+    for start in range(0, len(lots), ranks):
+        mine, *theirs = lots[start : start + ranks]
+        for rank, lot in enumerate(theirs, 1):
+            send_texts(rank, [str(source.resolve()), str(folder.resolve()), *texts_of(lot)])
+        vectors = encode(texts_of(mine))
+        yield mine, vectors
+        for rank, lot in enumerate(theirs, 1):
+            import torch
+            import torch.distributed as dist
+
+            received = torch.empty((len(lot), vectors.shape[1]))
+            dist.recv(received, rank)
+            yield lot, received.numpy()
+
+
+def texts_of(records: list[dict]) -> list[str]:
+    return [text_for_model(record["heading"], record["text"]) for record in records]
 
 
 # -------------------------------------------------------------------------------------------- the vectors
 
 EMBED_AT_ONCE = 512  # passages; after each lot an interrupted run can go on
+EXACT_PASSAGES = 200_000  # up to here "auto" compares a query with every passage (README.md has the measurements)
+WANTED_RECALL = 0.995  # of the ten nearest passages, for the sample that an approximate index is tuned on
 
 
-def embed(records: list[dict], known: dict[str, np.ndarray], model: dict, index_dir: Path) -> tuple[np.ndarray, int]:
+def embed(
+    records: list[dict], known: dict[str, np.ndarray], model: dict, source: Path, index_dir: Path, device: str | None
+) -> tuple[np.ndarray, int]:
     """Return the vectors of all records, float32 of shape (records, dimensions), and how many were not known.
 
-    known: vectors by hash, from the index before. Long runs leave what they have in unfinished-*.npz for the next.
+    known: vectors by hash. Long runs leave what they have in unfinished-*.npz for the next.
     """
     known = known | unfinished_vectors(index_dir, model)
-    missing = [record for record in records if record["hash"] not in known]
-    if missing:
-        encoder = Encoder(index_dir / model["folder"])
-        missing.sort(key=lambda record: len(record["text"]))
+    missing = sorted((one for one in records if one["hash"] not in known), key=lambda one: len(one["text"]))
+    lots = [missing[start : start + EMBED_AT_ONCE] for start in range(0, len(missing), EMBED_AT_ONCE)]
     with tqdm(total=len(missing), desc="embedding", unit="passage", disable=None) as bar:
-        for start in range(0, len(missing), EMBED_AT_ONCE):
-            part = missing[start : start + EMBED_AT_ONCE]
-            vectors = encoder.encode([text_for_model(record["heading"], record["text"]) for record in part])
-            hashes = [record["hash"] for record in part]
+        for lot, vectors in encode_lots(lots, source, index_dir / model["folder"], device):
+            hashes = [record["hash"] for record in lot]
             known |= zip(hashes, vectors, strict=True)
-            if len(missing) > EMBED_AT_ONCE:
+            if len(lots) > 1:
                 name = f"unfinished-{model['fingerprint'][:12]}-{hashes[0]}.npz"
                 with replacing(index_dir / name) as temporary, temporary.open("wb") as file:
                     np.savez(file, hashes=np.array(hashes), vectors=vectors)
-            bar.update(len(part))
-    return np.stack([known[record["hash"]] for record in records]), len(missing)
+            bar.update(len(lot))
+    vectors = np.empty((len(records), len(known[records[0]["hash"]])), dtype=np.float32)
+    for place, record in enumerate(records):
+        vectors[place] = known[record["hash"]]
+    return vectors, len(missing)
 
 
-def known_vectors(index_dir: Path, model: dict) -> dict[str, np.ndarray]:
-    """Return the vectors of the index before by passage hash, if the same model made them."""
+def known_vectors(before: "Index", model: dict) -> dict[str, np.ndarray]:
+    """Return the vectors of the index before by passage hash, if the same model made them and they are kept exactly."""
+    if before.header["model"]["fingerprint"] != model["fingerprint"]:
+        return {}
+    if not before.header["keeps_vectors"]:
+        print("the index before keeps no exact vectors (config.FAISS_INDEX): all are embedded anew", file=sys.stderr)
+        return {}
     with contextlib.suppress(UserError):
-        before = load_index(index_dir)
-        if before.header["model"]["fingerprint"] == model["fingerprint"]:
-            vectors = before.vectors.reconstruct_n(0, len(before.passages))
-            return {record["hash"]: vector for record, vector in zip(before.passages, vectors, strict=True)}
+        vectors = before.vectors.reconstruct_n(0, len(before.passages))
+        return {record["hash"]: vector for record, vector in zip(before.passages, vectors, strict=True)}
     return {}
 
 
@@ -188,13 +359,65 @@ def unfinished_vectors(index_dir: Path, model: dict) -> dict[str, np.ndarray]:
     return vectors
 
 
-def write_vectors(path: Path, vectors: np.ndarray) -> None:
-    """Write a FAISS index for exact inner-product search."""
+def write_vectors(path: Path, vectors: np.ndarray, factory: str) -> bool:
+    """Write a FAISS index of the vectors by inner product; tell whether it gives them back exactly.
+
+    factory: a string of faiss.index_factory, or "auto": exact search up to EXACT_PASSAGES, above that an inverted file
+    of k-means cells (Sivic and Zisserman, 2003) that keeps the vectors whole.
+
+    Raises:
+        UserError: FAISS knows no such index, or can not make one of these vectors, or can not write it.
+    """
     import faiss
 
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    index.add(vectors)
-    faiss.write_index(index, str(path))
+    faiss.omp_set_num_threads(os.cpu_count() or 1)  # a search in the same process has set it to one
+    count, dimensions = vectors.shape
+    if factory == "auto":
+        factory = "Flat" if count <= EXACT_PASSAGES else f"IVF{2 ** round(math.log2(2 * math.sqrt(count)))},Flat"
+    try:
+        index = faiss.index_factory(dimensions, factory, faiss.METRIC_INNER_PRODUCT)
+        cells = faiss.try_extract_index_ivf(index)
+        if cells:
+            cells.cp.min_points_per_centroid = 1  # no warnings
+            cells.cp.max_points_per_centroid = 64  # a quarter of the usual: trained in a quarter of the time
+        index.train(vectors)
+        index.add(vectors)
+        if cells:
+            cells.make_direct_map()  # where each vector is, so that it can be had back
+        sample = np.linspace(0, count - 1, min(count, 500)).astype(np.int64)
+        exact = np.array_equal(index.reconstruct_batch(sample), vectors[sample])
+        tune(index, vectors, vectors[sample])
+    except RuntimeError as error:
+        reason = str(error).split(": ")[-1].strip()
+        raise UserError(
+            f"config.FAISS_INDEX {factory!r} does not fit {count} passages of {dimensions} dimensions ({reason});"
+            ' set it to "auto"'
+        ) from None
+    with path.open("wb") as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+    return exact
+
+
+def tune(index, vectors: np.ndarray, sample: np.ndarray) -> None:
+    """Have an approximate index look at more cells or neighbours until it finds WANTED_RECALL of the exact answers.
+
+    The queries are sums of two passages: like a person's they lie between the passages, not on one.
+    """
+    import faiss
+
+    space = faiss.ParameterSpace()
+    space.initialize(index)
+    names = {space.parameter_ranges.at(place).name for place in range(space.parameter_ranges.size())}
+    setting = next((name for name in ("nprobe", "efSearch") if name in names), None)
+    queries = sample + np.roll(sample, 1, axis=0)
+    count = min(10, len(vectors))
+    exact = faiss.knn(queries, vectors, count, faiss.METRIC_INNER_PRODUCT)[1] if setting else None
+    recall, before, value = 0.0, -1.0, 4
+    while setting and recall < WANTED_RECALL and recall - before > 0.001:  # a coarse index stops getting better
+        space.set_index_parameter(index, setting, value)
+        found = index.search(queries, count)[1]
+        before, recall = recall, float((exact[:, :, None] == found[:, None, :]).any(axis=2).mean())
+        value *= 2
 
 
 # ------------------------------------------------------------------------------ the index on disk, written
@@ -218,8 +441,8 @@ def locked(index_dir: Path) -> Iterator[None]:
         raise UserError(f"process {process} is writing {index_dir} at this moment; run again when it is done") from None
 
 
-def commit(index_dir: Path, header: dict, records: list[dict], vectors: np.ndarray, backups: int) -> dict:
-    """Write a complete new index and make it the current one in a single step; return its header.
+def commit(index_dir: Path, header: dict, records: list[dict], vectors: np.ndarray, backups: int) -> None:
+    """Write a complete new index and make it the current one in a single step.
 
     Files that nothing names yet come first, the backup of the old metadata.json next, metadata.json last; only then
     are older backups removed. A crash at any moment leaves the old index or the new one.
@@ -229,12 +452,15 @@ def commit(index_dir: Path, header: dict, records: list[dict], vectors: np.ndarr
         "embeddings": index_dir / f"embeddings-{identity}.index",
         "keywords": index_dir / f"keywords-{identity}.sqlite",
     }
-    with replacing(files["embeddings"]) as temporary:
-        write_vectors(temporary, vectors)
-    with replacing(files["keywords"]) as temporary:
-        write_keywords(temporary, ((" ".join(record["heading"]), record["text"]) for record in records)).close()
     header = {"format": FORMAT, "id": identity, "created": datetime.now(UTC).isoformat(timespec="seconds"), **header}
-    header["dimensions"] = int(vectors.shape[1])
+    header |= {"passage_count": len(records), "dimensions": int(vectors.shape[1])}
+    try:
+        with replacing(files["embeddings"]) as temporary:
+            header["keeps_vectors"] = write_vectors(temporary, vectors, header["faiss_index"])
+        with replacing(files["keywords"]) as temporary:
+            write_keywords(temporary, ((" ".join(record["heading"]), record["text"]) for record in records)).close()
+    except (RuntimeError, sqlite3.Error) as error:  # of FAISS and SQLite, where others raise an OSError
+        raise UserError(f"{index_dir} can not be written ({error}); make room or name another --index-dir") from None
     header["files"] = {kind: [path.name, path.stat().st_size, sha256_of(path)] for kind, path in files.items()}
     current = index_dir / METADATA
     with contextlib.suppress(UserError, FileNotFoundError):
@@ -244,21 +470,17 @@ def commit(index_dir: Path, header: dict, records: list[dict], vectors: np.ndarr
     with replacing(current) as temporary:
         write_metadata(temporary, header, records)
     prune(index_dir, backups)
-    return header
 
 
 def prune(index_dir: Path, backups: int) -> None:
     """Remove, of the names that this script gives, all that neither the index nor its kept backups use."""
-    readable = []
-    for path in backup_files(index_dir):
-        with contextlib.suppress(UserError):
-            readable.append((path, read_header(path)))
     used: set[str] = set()
-    for path, header in [(index_dir / METADATA, read_header(index_dir / METADATA)), *readable[:backups]]:
+    for path, header in readable_indexes(index_dir)[: 1 + backups]:
         used.add(path.name)
         used |= {name for name, *_ in header["files"].values()} | {Path(header["model"]["folder"]).name}
-    patterns = ("metadata-*.json", "embeddings-*.index", "keywords-*.sqlite", "encoder-*", "unfinished-*.npz", ".*.new")
-    for path in sorted(path for pattern in patterns for path in index_dir.glob(pattern)):
+    patterns = ("metadata-*.json", "embeddings-*.index", "keywords-*.sqlite", "encoder-*", "unfinished-*.npz")
+    temporaries = (f".{pattern}.*.new" for pattern in ("metadata.json", *patterns))
+    for path in sorted(path for pattern in (*patterns, *temporaries) for path in index_dir.glob(pattern)):
         if path.name not in used:
             remove(path)
 
@@ -268,19 +490,36 @@ def backup_files(index_dir: Path) -> list[Path]:
     return sorted(index_dir.glob("metadata-*.json"), reverse=True)
 
 
+def readable_indexes(index_dir: Path) -> list[tuple[Path, dict]]:
+    """Return metadata file and header of the index and of its backups that can be read, newest first."""
+    found = [(index_dir / METADATA, read_header(index_dir / METADATA))]
+    for path in backup_files(index_dir):
+        with contextlib.suppress(UserError):
+            header = read_header(path)
+            if header["id"] != found[0][1]["id"]:  # else it is a copy made for a commit that did not come
+                found.append((path, header))
+    return found
+
+
 def restore(index_dir: Path) -> dict:
-    """Make the newest backup whose files are whole the current index; return its header."""
+    """Make the newest backup whose files are whole the current index; return its header.
+
+    A backup with the current index's id is what a run leaves that was killed just before its commit.
+    """
+    current = None
+    with contextlib.suppress(UserError):
+        current = whole_header(index_dir, index_dir / METADATA)["id"]
     for path in backup_files(index_dir):
         try:
-            header = read_metadata(path)[0]
-            for kind in header["files"]:
-                checked_file(index_dir, header, kind)
+            header = whole_header(index_dir, path)
         except UserError as error:
             print(f"warning: backup {path.name} can not be used: {error}", file=sys.stderr)
             continue
-        path.replace(index_dir / METADATA)
-        prune(index_dir, len(backup_files(index_dir)))
-        return header
+        if header["id"] != current:
+            path.replace(index_dir / METADATA)
+            sync(index_dir)
+            prune(index_dir, len(backup_files(index_dir)))
+            return header
     raise UserError(f"{index_dir} holds no usable backup; run generate_embeddings.py to build the index anew")
 
 
@@ -289,10 +528,18 @@ def restore(index_dir: Path) -> dict:
 
 def write_metadata(path: Path, header: dict, records: list[dict]) -> None:
     """Write metadata.json: the checksum on line 1, the header on line 2, then a passage a line."""
-    opening = json.dumps(header, ensure_ascii=False).removesuffix("}") + ', "passages": [\n'
-    lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-    body = f"{opening}{lines}\n]}}\n".removeprefix("{").encode()
-    path.write_bytes(b'{"checksum": "%s",\n' % hashlib.sha256(body).hexdigest().encode() + body)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        file.write(b'{"checksum": "%s",\n' % digest.hexdigest().encode())  # in its place until it is known
+        opening = json.dumps(header, ensure_ascii=False)[1:-1] + ', "passages": [\n'
+        lines = (json.dumps(record, ensure_ascii=False) for record in records)
+        endings = itertools.chain(itertools.repeat(",\n", len(records) - 1), ["\n]}\n"])
+        for part in itertools.chain([opening], map("".join, zip(lines, endings, strict=True))):
+            content = part.encode()
+            digest.update(content)
+            file.write(content)
+        file.seek(0)
+        file.write(b'{"checksum": "%s",\n' % digest.hexdigest().encode())
 
 
 class Passages(Sequence):
@@ -313,33 +560,51 @@ class Passages(Sequence):
 
 
 def read_metadata(path: Path) -> tuple[dict, Passages]:
-    """Return the header and the passages of metadata.json.
-
-    Raises:
-        UserError: the file is missing, damaged or of another format version.
-    """
-    header = read_header(path)
-    content = path.read_bytes()
-    first, _, body = content.partition(b"\n")
-    if hashlib.sha256(body).hexdigest().encode() not in first:
+    """Return the header and the passages of metadata.json; raises what read_header does."""
+    header, content = open_metadata(path, whole=True)
+    start = content.index(b"\n") + 1
+    if hashlib.sha256(memoryview(content)[start:]).hexdigest().encode() not in content[:start]:
         raise UserError(damaged(path))
     return header, Passages(content)
 
 
 def read_header(path: Path) -> dict:
-    """Return metadata.json without its passages, reading two lines of it."""
+    """Return metadata.json without its passages, reading two lines of it.
+
+    Raises:
+        UserError: the file is missing, damaged (the checksum is for those who take the passages) or of another format.
+    """
+    return open_metadata(path, whole=False)[0]
+
+
+def open_metadata(path: Path, whole: bool) -> tuple[dict, bytes]:
+    """Return the header, and what was read: two lines, or the whole file.
+
+    The file is opened once: a commit in the meantime puts another in its place and leaves this one as it is.
+    """
     try:
         with path.open("rb") as file:
-            opening = file.readline() + file.readline()
-        header = orjson.loads(opening + b"]}")
+            content = file.readline() + file.readline()
+            header = orjson.loads(content + b"]}")
+            if header.get("format") != FORMAT:
+                found = f"{path} has format {header.get('format')}, not {FORMAT}"
+                raise UserError(f"{found}; run generate_embeddings.py to build it anew")
+            return header, content + file.read() if whole else content
     except FileNotFoundError:
         raise UserError(f"no index in {path.parent}; run generate_embeddings.py first") from None
     except (OSError, ValueError):
         raise UserError(damaged(path)) from None
-    if header.get("format") != FORMAT:
-        raise UserError(
-            f"{path} has format {header.get('format')}, not {FORMAT}; run generate_embeddings.py to build it anew"
-        )
+
+
+def whole_header(index_dir: Path, path: Path) -> dict:
+    """Return the header of metadata.json or of a backup after all of its files have been checked.
+
+    Raises:
+        UserError: one of them is missing or damaged.
+    """
+    header, _ = read_metadata(path)
+    for kind in header["files"]:
+        checked_file(index_dir, header, kind)
     return header
 
 
@@ -347,13 +612,18 @@ def damaged(path: Path) -> str:
     return f"{path} is damaged; run generate_embeddings.py --restore to go back to the index before"
 
 
+class Superseded(UserError):
+    """An index opened a while ago has lost its files to newer ones: open it again."""
+
+
 def checked_file(index_dir: Path, header: dict, kind: str) -> Path:
     """Return one of the index's files if it is as it was written."""
     name, size, digest = header["files"][kind]
     path = index_dir / name
-    if not path.is_file() or path.stat().st_size != size or sha256_of(path) != digest:
-        raise UserError(damaged(path))
-    return path
+    with contextlib.suppress(OSError):
+        if path.stat().st_size == size and sha256_of(path) == digest:
+            return path
+    raise UserError(damaged(path))
 
 
 class Index:
@@ -366,16 +636,33 @@ class Index:
         self.folder = index_dir
         self.header, self.passages = read_metadata(index_dir / METADATA)
 
+    def reopen(self) -> None:
+        """Go over to the index that is current now."""
+        folder = self.folder
+        self.__dict__.clear()
+        self.__init__(folder)
+
+    def open_part(self, kind: str, opener: Callable[[Path], object]):
+        """Return what opener makes of one of the index's files, or of the folder for the encoder.
+
+        Raises:
+            Superseded: it is gone because newer indexes have been committed since this one was opened.
+            UserError: it is damaged.
+        """
+        try:
+            return opener(self.folder if kind == "encoder" else checked_file(self.folder, self.header, kind))
+        except (UserError, RuntimeError, sqlite3.Error) as error:
+            if read_header(self.folder / METADATA)["id"] != self.header["id"]:
+                raise Superseded(f"{self.folder} was built anew meanwhile; search again") from None
+            raise error if isinstance(error, UserError) else UserError(damaged(self.folder / METADATA)) from None
+
     @functools.cached_property
     def vectors(self):
         """The FAISS index."""
         import faiss
 
         faiss.omp_set_num_threads(1)  # one query gains nothing by more, and threads that wait for work take the cores
-        index = faiss.read_index(str(checked_file(self.folder, self.header, "embeddings")))
-        if index.ntotal != len(self.passages):
-            raise UserError(damaged(self.folder / METADATA))
-        return index
+        return self.open_part("embeddings", lambda path: faiss.read_index(str(path)))
 
     @functools.cached_property
     def sample_vectors(self) -> np.ndarray:
@@ -385,12 +672,19 @@ class Index:
 
     @functools.cached_property
     def keywords(self) -> sqlite3.Connection:
-        path = checked_file(self.folder, self.header, "keywords")
-        return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
+        place = "{}?mode=ro&immutable=1"
+        return self.open_part("keywords", lambda path: sqlite3.connect(place.format(path.resolve().as_uri()), uri=True))
 
     @functools.cached_property
     def encoder(self) -> Encoder:
-        return load_encoder(self.header["model"], self.folder)
+        return self.open_part("encoder", lambda folder: load_encoder(self.header["model"], folder))
+
+    def changed_documents(self) -> list[str]:
+        """Return the documents that are gone or not as they were; none where the index is used without them."""
+        root = Path(self.header["documents_root"])
+        if not root.is_dir():
+            return []
+        return [name for name, state in self.header["documents"].items() if file_changed(root / name, state)]
 
 
 def load_index(index_dir: Path) -> Index:
@@ -407,8 +701,7 @@ def load_index(index_dir: Path) -> Index:
 
 def list_backups(index_dir: Path) -> None:
     """Print the index and its backups, newest first: date, passages, size, model."""
-    for path in [index_dir / METADATA, *backup_files(index_dir)]:
-        header = read_header(path)
+    for path, header in readable_indexes(index_dir):
         megabytes = (sum(length for _, length, _ in header["files"].values()) + path.stat().st_size) / 1e6
         count, model = header["passage_count"], header["model"]["name"]
         print(f"{header['created']}  {count:>8,} passages  {megabytes:>8.1f} MB  {model}")
@@ -424,21 +717,33 @@ def document_states(documents_root: Path, paths: list[Path]) -> dict[str, list]:
     return states
 
 
+def scripts_digest() -> str:
+    """Return the SHA-256 of the code that cuts documents into passages and passages into words."""
+    here = Path(__file__).parent
+    return "".join(sha256_of(here / name)[:16] for name in ("prepare_finetuning_data.py", "run_finetuning.py"))
+
+
+REBUILT_FOR = {
+    "documents_root": "the documents root",
+    "max_passage_chars": "config.MAX_PASSAGE_CHARS",
+    "scripts": "the code of the scripts",
+    "faiss_index": "config.FAISS_INDEX",
+}
+
+
 def reasons_to_build(index_dir: Path, wanted: dict) -> list[str]:
     """Return in plain words how the index on disk differs from what it would hold if it were made now."""
     try:
-        before, _ = read_metadata(index_dir / METADATA)
-        for kind in before["files"]:
-            checked_file(index_dir, before, kind)
+        before = whole_header(index_dir, index_dir / METADATA)
     except UserError as error:
         return [str(error) if (index_dir / METADATA).exists() else f"no index in {index_dir} yet"]
     found = []
-    for key, words in (("documents_root", "the documents root"), ("max_passage_chars", "config.MAX_PASSAGE_CHARS")):
+    for key, words in REBUILT_FOR.items():
         if before[key] != wanted[key]:
             found.append(f"{words} changed")
     if before["model"]["fingerprint"] != wanted["model"]["fingerprint"]:
         found.append("the model changed")
-    elif file_changed(onnx_file(index_dir / before["model"]["folder"]), before["model"]["onnx"]):
+    elif not encoder_is_whole(index_dir / before["model"]["folder"], before["model"]):
         found.append("the model's ONNX form is gone or changed")
     if before["search"] != wanted["search"]:
         found.append("the weights fitted for the search changed")
@@ -451,6 +756,29 @@ def reasons_to_build(index_dir: Path, wanted: dict) -> list[str]:
         if names:
             found.append(f"{len(names)} documents {words} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
     return found
+
+
+def build(
+    index_dir: Path, wanted: dict, source: Path, max_document_mb: float, backups: int, device: str | None
+) -> tuple[int, int]:
+    """Make an index as wanted out of what still holds of the one before; return its passages and those embedded.
+
+    wanted: what the header of metadata.json is to say; source: the model's folder.
+    """
+    model = wanted["model"] = wanted["model"] | prepare_encoder(source, wanted["model"]["fingerprint"], index_dir)
+    known, kept, documents_before = {}, [], {}
+    with contextlib.suppress(UserError):
+        before = load_index(index_dir)
+        known = known_vectors(before, model)
+        if all(before.header[key] == wanted[key] for key in ("documents_root", "max_passage_chars", "scripts")):
+            kept, documents_before = before.passages, before.header["documents"]
+        del before
+    root, max_chars = Path(wanted["documents_root"]), wanted["max_passage_chars"]
+    records = distinct_passages(root, wanted["documents"], kept, documents_before, max_chars, max_document_mb)
+    vectors, embedded = embed(records, known, model, source, index_dir, device)
+    known.clear()  # a million vectors are 1.5 GB: none is to be held twice while FAISS makes its own copy
+    commit(index_dir, wanted, records, vectors, backups)
+    return len(records), embedded
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -479,7 +807,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
-    index_dir = options.index_dir
+    index_dir, started = options.index_dir, time.perf_counter()
     if options.list_backups:
         list_backups(index_dir)
         return 0
@@ -487,31 +815,32 @@ def main(argv: list[str] | None = None) -> int:
         with locked(index_dir):
             print(f"restored the index of {restore(index_dir)['created']} in {index_dir}")
         return 0
-    started = time.perf_counter()
-    paths = find_documents(options.documents_root, options.documents or config.TARGET_DOCUMENTS)
-    if not options.check:
-        restore_previous(Path(options.model))
-    model_folder, _ = find_model(options.model, config.BASE_MODEL_REVISION, fallback=False)
-    wanted = {
-        "documents_root": str(options.documents_root.resolve()),
-        "max_passage_chars": config.MAX_PASSAGE_CHARS,
-        "documents": document_states(options.documents_root, paths),
-        "model": {"name": options.model, "fingerprint": model_fingerprint(model_folder)},
-        "search": read_json(model_folder / "evaluation.json").get("search", {}),
-    }
-    reasons = reasons_to_build(index_dir, wanted)
-    if options.check or not reasons:
-        print(f"{index_dir} is " + ("not current: " + "; ".join(reasons) if reasons else "current"))
-        return 1 if reasons else 0
-    print("; ".join(reasons), file=sys.stderr)
-    with locked(index_dir):
-        wanted["model"] |= prepare_encoder(model_folder, wanted["model"]["fingerprint"], index_dir)
-        passages = read_passages(options.documents_root, paths, config.MAX_PASSAGE_CHARS, config.MAX_DOCUMENT_MB)
-        records = distinct_passages(passages)
-        vectors, embedded = embed(records, known_vectors(index_dir, wanted["model"]), wanted["model"], index_dir)
-        commit(index_dir, wanted | {"passage_count": len(records)}, records, vectors, config.INDEX_BACKUPS)
+    with joined_processes() as rank:
+        if rank:
+            encode_for_rank_0(config.DEVICE)
+            return 0
+        paths = find_documents(options.documents_root, options.documents or config.TARGET_DOCUMENTS)
+        if not options.check:
+            restore_previous(Path(options.model))
+        source, _ = find_model(options.model, config.BASE_MODEL_REVISION, fallback=False)
+        wanted = {
+            "documents_root": str(options.documents_root.resolve()),
+            "max_passage_chars": config.MAX_PASSAGE_CHARS,
+            "scripts": scripts_digest(),
+            "faiss_index": config.FAISS_INDEX,
+            "documents": document_states(options.documents_root, paths),
+            "model": {"name": options.model, "fingerprint": model_fingerprint(source)},
+            "search": read_json(source / "evaluation.json").get("search", {}),
+        }
+        reasons = reasons_to_build(index_dir, wanted)
+        if options.check or not reasons:
+            print(f"{index_dir} is " + ("not current: " + "; ".join(reasons) if reasons else "current"))
+            return 1 if reasons else 0
+        print("; ".join(reasons), file=sys.stderr)
+        with locked(index_dir):
+            counts = build(index_dir, wanted, source, config.MAX_DOCUMENT_MB, config.INDEX_BACKUPS, config.DEVICE)
     seconds = time.perf_counter() - started
-    print(f"{len(paths)} documents, {len(records)} distinct passages, {embedded} embedded; {seconds:.1f} s")
+    print(f"{len(paths)} documents, {counts[0]} distinct passages, {counts[1]} embedded; {seconds:.1f} s")
     print(f'wrote {index_dir}; next: python semantic_search.py "your question"')
     return 0
 

@@ -36,6 +36,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -936,16 +937,31 @@ def save_model(model, folder: Path, evaluation: dict, texts: list[str]) -> None:
         UserError: ONNX and PyTorch disagree on an embedding of texts by more than 1e-3 cosine; nothing is replaced.
     """
     with replacing(folder) as temporary:
-        model.save_pretrained(str(temporary), safe_serialization=True)
+        save_with_onnx(model, temporary, texts)
         # A class such as BertTokenizer would build its own rules when it is loaded; this one reads tokenizer.json's.
         settings = read_json(temporary / "tokenizer_config.json") | {"tokenizer_class": "PreTrainedTokenizerFast"}
         (temporary / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        export_onnx(model, temporary, texts)
         (temporary / "evaluation.json").write_text(
             json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
         with (temporary / "README.md").open("a", encoding="utf-8") as card:
             card.write(card_section(evaluation))
+
+
+def save_with_onnx(model, folder: Path, texts: list[str]) -> None:
+    """Write a model in the Sentence Transformers format and as ONNX, which must agree on texts.
+
+    Raises:
+        UserError: they do not, or there is no room.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(str(folder), safe_serialization=True)
+        export_onnx(model, folder, texts)
+    except (RuntimeError, SafetensorError) as error:  # where others raise an OSError
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder.parent} can not be written to ({reason}); make room or name another place") from None
 
 
 def card_section(evaluation: dict) -> str:
@@ -1001,44 +1017,46 @@ def export_onnx(model, folder: Path, texts: list[str]) -> None:
 class Encoder:
     """A model folder's ONNX pipeline: what the index and the search embed with; needs no torch.
 
-    threads: 0 for all cores; one is as fast for single short texts, and leaves the others to what comes next.
-
     Raises:
         UserError: the folder lacks a file or holds a damaged one.
     """
 
-    def __init__(self, folder: Path, threads: int = 0):
+    def __init__(self, folder: Path):
         import onnxruntime
 
+        # One thread a batch and several batches at once: faster than several threads in one batch, and a text's
+        # vector does not depend on how many there are.
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = 1
         try:
             self.tokenizer, self.window = load_tokenizer(folder)
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = threads
-            self.session = onnxruntime.InferenceSession(str(folder / "onnx" / "model.onnx"), options)
+            self.session = onnxruntime.InferenceSession(str(folder / "onnx" / "model.onnx"), settings)
             body = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except Exception as error:  # onnxruntime and tokenizers raise bare Exceptions
             reason = str(error).splitlines()[0]
             raise UserError(f"{folder} can not be loaded ({reason}); run run_finetuning.py again") from None
         self.padding_id = body.get("pad_token_id") or 0
-        self.dimensions = self.session.get_outputs()[0].shape[1]
 
-    def encode(self, texts: list[str], batch_tokens: int = 4096, progress: str = "") -> np.ndarray:
+    def encode(self, texts: list[str], batch_tokens: int = 1024) -> np.ndarray:
         """Return the normalised embeddings of texts: float32, shape (len(texts), dimensions)."""
         encoded = self.tokenizer.encode_batch(texts)
         lengths = np.array([len(one.ids) for one in encoded], dtype=np.int64)
+
+        def run(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            ids = np.full((len(batch), lengths[batch[-1]]), self.padding_id, dtype=np.int64)
+            mask = np.zeros_like(ids)
+            for row, place in enumerate(batch):
+                ids[row, : lengths[place]] = encoded[place].ids
+                mask[row, : lengths[place]] = 1
+            return batch, self.session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+
         vectors: np.ndarray | None = None
-        with tqdm(total=len(texts), desc=progress, unit="passage", disable=None if progress else True) as bar:
-            for batch in batches_of_similar_length(lengths, batch_tokens):
-                ids = np.full((len(batch), lengths[batch[-1]]), self.padding_id, dtype=np.int64)
-                mask = np.zeros_like(ids)
-                for row, place in enumerate(batch):
-                    ids[row, : lengths[place]] = encoded[place].ids
-                    mask[row, : lengths[place]] = 1
-                (output,) = self.session.run(None, {"input_ids": ids, "attention_mask": mask})
+        workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun sets it
+        with ThreadPoolExecutor(workers) as pool:
+            for batch, output in pool.map(run, batches_of_similar_length(lengths, batch_tokens)):
                 if vectors is None:
                     vectors = np.empty((len(texts), output.shape[1]), dtype=np.float32)
                 vectors[batch] = output
-                bar.update(len(batch))
         return vectors if vectors is not None else np.empty((0, 0), dtype=np.float32)
 
 

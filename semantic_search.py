@@ -50,7 +50,7 @@ import numpy as np
 
 import config
 from config import UserError
-from generate_embeddings import Index, load_index
+from generate_embeddings import Index, Superseded, load_index
 from prepare_finetuning_data import plain_text, sentences, warn
 from run_finetuning import (
     CANDIDATES,
@@ -169,12 +169,20 @@ def search(index: Index, query: str, request: Request) -> dict:
         raise UserError('the query is empty; give some words, such as: python semantic_search.py "who reviews a task?"')
     if len(query) > MAX_QUERY_CHARS:
         warn(f"only the first {MAX_QUERY_CHARS:,} of the query's {len(query):,} characters are searched")
-    answer = {"query": query, "mode": request.mode}
+    while True:
+        try:
+            return {"query": query, "mode": request.mode} | find(index, query[:MAX_QUERY_CHARS], request)
+        except Superseded:  # newer indexes were committed since this one was opened, and its files removed
+            index.reopen()
+
+
+def find(index: Index, query: str, request: Request) -> dict:
+    """Return what search adds to the query and the mode."""
     if request.mode == "task":
-        return answer | assist(index, query[:MAX_QUERY_CHARS], request)
-    scored = score_passages(index, query[:MAX_QUERY_CHARS], request)
+        return assist(index, query, request)
+    scored = score_passages(index, query, request)
     results = make_results(index, scored.ranking, [scored], request)
-    return answer | {"relevant": is_relevant(results, request), "results": results}
+    return {"relevant": is_relevant(results, request), "results": results}
 
 
 def is_relevant(results: list[dict], request: Request) -> bool:
@@ -765,6 +773,8 @@ def main(argv: list[str] | None = None) -> int:
     request = Request(
         options.mode, options.top_k, config.SEMANTIC_WEIGHT, options.min_relevance, options.context, options.explain
     )
+    if changed := index.changed_documents():
+        warn(f"{options.index_dir} is older than {len(changed)} of its documents; run generate_embeddings.py")
     if options.query:
         found = answer_query(index, " ".join(options.query), request, options)["relevant"]
     elif sys.stdin.isatty():

@@ -196,6 +196,96 @@ def test_a_model_without_an_onnx_form_gets_one_in_the_index_folder(built, tiny_m
     assert "is current" in built.build("--model", tiny_model)[1].out
 
 
+def test_a_refresh_gives_the_same_records_as_a_build_from_nothing(built, tmp_path):
+    """Copies come and go, and change places with their originals; only what changed is cut again."""
+    root, glossary = built.project, built.project / "Docs" / "glossary.md"
+    steps = [
+        lambda: write_documents(root, {"a/first.md": glossary.read_text(encoding="utf-8")}),  # a copy before it
+        lambda: write_documents(root, {"z/last.md": "Önce.\n\n" + glossary.read_text(encoding="utf-8")}),
+        lambda: (root / "a" / "first.md").unlink(),  # the original's own place counts again
+        lambda: glossary.rename(root / "Docs" / "sözlük.md"),  # moved
+        lambda: change(built),
+        lambda: (root / "Docs" / "lisans_notu_kopya.md").write_text("# Başka\n\nBaşka bir metin.\n", encoding="utf-8"),
+        lambda: write_documents(root, {"Ofis/twice.md": "# A\n\nAynı metin.\n\n# A\n\nAynı metin.\n"}),
+    ]
+    for number, step in enumerate(steps):
+        step()
+        assert built.build()[0] == 0
+        assert built.build("--model", built.model, "--index-dir", tmp_path / str(number))[0] == 0
+        refreshed, anew = load_index(built.index), load_index(tmp_path / str(number))
+        assert list(refreshed.passages) == list(anew.passages)
+        assert refreshed.header["documents"] == anew.header["documents"]
+
+
+def test_a_search_says_in_one_line_that_documents_have_changed_since(built, capsys):
+    arguments = ["--json", "--mode", "keyword", "--index-dir", str(built.index), "bütçe"]
+    assert exit_status(semantic_search.main, arguments) == 0
+    assert capsys.readouterr().err == ""
+    change(built)
+    (built.project / "Docs" / "glossary.md").unlink()
+    path = built.project / "Planlama" / "mimari.md"
+    path.write_bytes(path.read_bytes())  # only touched
+    assert exit_status(semantic_search.main, arguments) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "older than 2 of its documents" in line and COMMAND.search(line)
+
+
+# ---------------------------------------------------------------------------------------------- FAISS indexes
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8,Flat", "IVF4,Flat", "SQ8", "PCA16,IVF4,Flat"])
+def test_any_faiss_index_is_built_searched_and_refreshed(built, monkeypatch, factory):
+    exact = [one["id"] for one in built.search("yüz algılayıcı ihalede", "semantic")[1]][:3]
+    monkeypatch.setattr(config, "FAISS_INDEX", factory)
+    status, printed = built.build()
+    assert status == 0 and "config.FAISS_INDEX changed" in printed.err and embedded(printed) == 0
+    assert set(exact) <= {one["id"] for one in built.search("yüz algılayıcı ihalede", "semantic")[1]}
+    change(built)
+    status, printed = built.build()
+    kept = factory in ("Flat", "HNSW8,Flat", "IVF4,Flat")
+    assert embedded(printed) == (1 if kept else len(load_index(built.index).passages))
+    for mode in MODES:
+        assert any("Dokuz yüz" in one["text"] for one in built.search("yüz algılayıcı ihalede", mode)[1])
+
+
+@pytest.mark.parametrize("factory", ["nonsense", "", "IVF9999,Flat", "IDMap,Flat", "PQ5"])
+def test_a_faiss_index_that_can_not_be_is_one_line_and_leaves_the_old_one(built, monkeypatch, factory):
+    before = snapshot(built.index)
+    monkeypatch.setattr(config, "FAISS_INDEX", factory)
+    status, printed = built.build()
+    assert status == 2 and f"config.FAISS_INDEX {factory!r}" in error_line(printed.err)
+    assert {name: digest for name, digest in before.items() if ".lock" not in name}.items() <= snapshot(
+        built.index
+    ).items()
+
+
+def test_many_passages_are_searched_approximately_and_found_nearly_as_well(tmp_path, monkeypatch):
+    import faiss
+
+    monkeypatch.setattr(generate_embeddings, "EXACT_PASSAGES", 1000)
+    rng = np.random.default_rng(3)
+    centres = rng.standard_normal((50, 24))
+    vectors = (centres[rng.integers(0, 50, 8000)] + 0.6 * rng.standard_normal((8000, 24))).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    assert generate_embeddings.write_vectors(tmp_path / "a.index", vectors, "auto")
+    index = faiss.read_index(str(tmp_path / "a.index"))
+    assert 1 < index.nprobe < index.nlist
+    queries = vectors[::40] + 0.2 * rng.standard_normal((200, 24)).astype(np.float32)
+    exact = faiss.knn(queries, vectors, 10, faiss.METRIC_INNER_PRODUCT)[1]
+    found = index.search(queries, 10)[1]
+    assert np.mean([np.isin(one, other).mean() for one, other in zip(exact, found, strict=True)]) >= 0.98
+    assert np.array_equal(index.reconstruct_batch(np.arange(8000)), vectors)
+
+
+def test_half_precision_gives_nearly_the_same_vectors(chain):
+    from run_finetuning import Encoder, load_model
+
+    texts = ["gece boruda kaçak olduğunu nasıl anlıyoruz?", "a short text", "görev takibi"]
+    vectors = generate_embeddings.half_precision(load_model(chain.model, "cpu"))(texts)
+    assert vectors.dtype == np.float32 and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    assert (vectors * Encoder(chain.model).encode(texts)).sum(axis=1).min() > 0.999
+
+
 # --------------------------------------------------------------------------------------------------- backups
 
 
@@ -389,6 +479,17 @@ def test_another_model_in_the_same_folder_is_noticed_and_the_index_built_anew(bu
     status, printed = built.build()
     assert status == 0 and "the model changed" in printed.err
     assert embedded(printed) == len(load_index(built.index).passages)
+    assert built.search("bütçe", "semantic")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["onnx/model.onnx", "tokenizer.json", "config.json"])
+def test_a_damaged_encoder_in_the_index_folder_is_noticed_and_made_again(built, tiny_model, name):
+    assert built.build("--model", tiny_model)[0] == 0
+    flip_byte(the_file(built, "encoder-*") / name, 0.5)
+    status, line = built.search("bütçe", "semantic")
+    assert status == 2 and COMMAND.search(line)
+    status, printed = built.build("--model", tiny_model)
+    assert status == 0 and embedded(printed) == 0
     assert built.search("bütçe", "semantic")[0] == 0
 
 
