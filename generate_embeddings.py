@@ -63,7 +63,7 @@ from prepare_finetuning_data import (
     sha256_of,
     text_for_model,
 )
-from run_finetuning import Encoder, load_model, model_fingerprint, read_json, save_with_onnx, write_keywords
+from run_finetuning import Encoder, load_model, model_fingerprint, processes, read_json, save_with_onnx, write_keywords
 
 FORMAT = 2
 METADATA = "metadata.json"
@@ -234,7 +234,7 @@ def joined_processes() -> Iterator[int]:
     Raises:
         UserError: one of them died.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if processes() == 1:
         yield 0
         return
     import torch.distributed as dist
@@ -282,7 +282,7 @@ def encode_lots(
     lots: list[list[dict]], source: Path, folder: Path, device: str | None
 ) -> Iterator[tuple[list[dict], np.ndarray]]:
     """Yield each lot of records with its vectors, in order; with torchrun, every process embeds one lot in turn."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = processes()
     encode = encoding_function(source, folder, device) if lots else None
     for start in range(0, len(lots), ranks):
         mine, *theirs = lots[start : start + ranks]

@@ -707,25 +707,22 @@ def make_queries(
             queries.append(Query(question, " ".join(passage.model_text.split()), "question", passage.source_file))
             in_corpus[passage] = queries[-1].positive
             asked_shingles |= shingles(passage.text)
-    asked = {fold(query.query) for query in queries}
     drawn = [passage for passage in distinct if passage.source_file in held_out and passage not in in_corpus]
     rng.shuffle(drawn)
-    kinds = [("heading", ask_heading), ("sentence", ask_sentence), ("term", ask_term)]
+    asked = {fold(query.query) for query in queries}
     for passage in drawn:
         own = shingles(passage.text)
         if passage in in_corpus or len(own & asked_shingles) > len(own) / 2:
             in_corpus.setdefault(passage, None)
-            continue
-        turn = len(queries) % len(kinds)
-        for kind, ask in kinds[turn:] + kinds[:turn] if len(queries) < max_queries else []:
-            made = ask(passage, templates, holders, rng)
-            others = [other for other in holders[made[0]] if other is not passage] if made and kind == "term" else []
-            if made and fold(made[0]) not in asked and not any(in_corpus.get(other) for other in others):
-                queries.append(Query(*(" ".join(text.split()) for text in made), kind, passage.source_file))
-                in_corpus |= dict.fromkeys(others) | {passage: queries[-1].positive}
-                asked.add(fold(made[0]))
-                asked_shingles |= own
-                break
+        elif len(queries) < max_queries:
+            for kind, query, positive in ask(passage, len(queries), templates, holders, rng):
+                others = [other for other in holders[query] if other is not passage] if kind == "term" else []
+                if fold(query) not in asked and not any(in_corpus.get(other) for other in others):
+                    queries.append(Query(query, positive, kind, passage.source_file))
+                    in_corpus |= dict.fromkeys(others) | {passage: positive}
+                    asked.add(fold(query))
+                    asked_shingles |= own
+                    break
     corpus = ((in_corpus.get(passage, passage.model_text), passage.source_file) for passage in distinct)
     return queries, [
         CorpusPassage(" ".join(text.split()), source_file) for text, source_file in corpus if text is not None
@@ -743,6 +740,18 @@ def term_holders(distinct: list[Passage], held_out: set[str], max_holders: int =
             holders[term].append(passage)
     few = {term: own for term, own in holders.items() if len(own) <= max_holders}
     return {term: own for term, own in few.items() if all(passage.source_file in held_out for passage in own)}
+
+
+def ask(
+    passage: Passage, turn: int, templates: set[str], holders: Holders, rng: random.Random
+) -> Iterator[tuple[str, str, str]]:
+    """Yield the kinds of query that a passage gives, the one whose turn it is first, with query and positive."""
+    kinds = [("heading", ask_heading), ("sentence", ask_sentence), ("term", ask_term)]
+    first = turn % len(kinds)
+    for kind, make in kinds[first:] + kinds[:first]:
+        if made := make(passage, templates, holders, rng):
+            query, positive = (" ".join(text.split()) for text in made)
+            yield kind, query, positive
 
 
 def ask_heading(passage: Passage, templates: set[str], holders: Holders, rng: random.Random) -> tuple[str, str] | None:
