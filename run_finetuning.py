@@ -200,17 +200,34 @@ class HeldOut:
 
 
 def watcher(watched: HeldOut):
-    """Return the watched queries as a Sentence Transformers evaluator of nDCG@10."""
+    """Return the watched queries as a Sentence Transformers evaluator of nDCG@10.
+
+    Its second metric says which checkpoint to keep: the last that is as good as the best before it (is_as_good), since
+    a few queries can not tell checkpoints apart and the later ones have learnt more.
+    """
     from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 
     class Watcher(SentenceEvaluator):
-        primary_metric = "ndcg@10"
+        primary_metric = "preferred"
+        looks, best = 0, None
 
         def __call__(self, model, output_path=None, epoch=-1, steps=-1) -> dict[str, float]:
-            ranks = watched.ranks(watched.similarities(model))
-            return {"ndcg@10": float(gains(ranks)["nDCG@10"].mean())}
+            own = gains(watched.ranks(watched.similarities(model)))["nDCG@10"]
+            self.looks += 1
+            preferred = self.looks if self.best is None or is_as_good(own, self.best) else 0
+            if self.best is None or own.mean() > self.best.mean():
+                self.best = own
+            return {"ndcg@10": float(own.mean()), "preferred": preferred}
 
     return Watcher()
+
+
+def is_as_good(own: np.ndarray, best: np.ndarray) -> bool:
+    """Tell whether own is within a standard error of best, a higher mean over the same queries.
+
+    The one-standard-error rule (Breiman et al., 1984) keeps a few lucky queries from deciding.
+    """
+    return float((best - own).mean()) <= float((best - own).std()) / math.sqrt(len(own))
 
 
 def gains(ranks: np.ndarray) -> dict[str, np.ndarray]:
@@ -344,13 +361,9 @@ def search_figures(judged: HeldOut, base: np.ndarray, tuned: np.ndarray) -> tupl
 
 
 def fitted_weight(by_weight: dict[float, np.ndarray]) -> float:
-    """Return the weight nearest to the built-in one whose nDCG@10 is within a standard error of the best weight's.
-
-    The one-standard-error rule (Breiman et al., 1984) keeps a few lucky queries from moving the weight. by_weight:
-    each weight's nDCG@10 of the same queries.
-    """
+    """Return the weight nearest to the built-in one that is_as_good as the best; by_weight: nDCG@10 of each query."""
     best = max(by_weight.values(), key=lambda values: values.mean())
-    good = [w for w, own in by_weight.items() if (best - own).mean() <= (best - own).std() / math.sqrt(len(own))]
+    good = [weight for weight, own in by_weight.items() if is_as_good(own, best)]
     return min(good, key=lambda weight: abs(weight - DEFAULT_SEMANTIC_WEIGHT))
 
 
@@ -778,7 +791,7 @@ def training_arguments(options: argparse.Namespace, steps: int, watching: bool, 
         save_steps=every,
         save_total_limit=2,
         load_best_model_at_end=watching,
-        metric_for_best_model="eval_ndcg@10" if watching else None,
+        metric_for_best_model="eval_preferred" if watching else None,
         logging_steps=every,
         report_to="none",
         dataloader_pin_memory=False,
@@ -905,7 +918,8 @@ def history_of(log_history: list[dict]) -> list[dict]:
 def choose_weights(model, base_weights: dict, choosing: HeldOut) -> tuple[float, dict[float, float]]:
     """Set the model to the best mixture of base and tuned weights; return its alpha and every alpha's nDCG@10.
 
-    Weights between the two often search better than either (WiSE-FT; Wortsman et al., CVPR 2022); alpha 0 is the base.
+    Weights between the two often search better than either (WiSE-FT; Wortsman et al., CVPR 2022). Where alpha 0, the
+    base, has the highest mean, it is taken; else the largest alpha that is_as_good as the best.
     """
     tuned_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
@@ -918,13 +932,15 @@ def choose_weights(model, base_weights: dict, choosing: HeldOut) -> tuple[float,
 
     if not choosing.queries:
         return 1.0, {}
-    scores = {}
+    by_alpha = {}
     for alpha in (0.0, 0.25, 0.5, 0.75, 1.0):
         set_alpha(alpha)
-        scores[alpha] = float(gains(choosing.ranks(choosing.similarities(model)))["nDCG@10"].mean())
-    best = max(scores, key=lambda alpha: (scores[alpha], -alpha))
+        by_alpha[alpha] = gains(choosing.ranks(choosing.similarities(model)))["nDCG@10"]
+    best = max(by_alpha, key=lambda alpha: (by_alpha[alpha].mean(), -alpha))
+    if best:
+        best = max(alpha for alpha, own in by_alpha.items() if is_as_good(own, by_alpha[best]))
     set_alpha(best)
-    return best, scores
+    return best, {alpha: float(own.mean()) for alpha, own in by_alpha.items()}
 
 
 # ------------------------------------------------------------------------------------------- saving, ONNX

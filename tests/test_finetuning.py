@@ -526,3 +526,14 @@ def test_a_vocabulary_that_knows_turkish_letters_is_left_as_it_is(tiny_multiling
     model = run_finetuning.load_model(tiny_multilingual_model, "cpu")
     texts = [path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "tests/sample_project").rglob("*.md"))]
     assert run_finetuning.mend_tokenizer(model, texts) == []
+
+
+def test_a_later_checkpoint_is_kept_unless_it_is_clearly_worse(monkeypatch):
+    rng = np.random.default_rng(1)
+    looks = [np.full(60, 0.3), np.full(60, 0.5), np.full(60, 0.5) + rng.normal(-0.005, 0.1, 60), np.full(60, 0.2)]
+    told = iter(looks)
+    monkeypatch.setattr(run_finetuning, "gains", lambda ranks: {"nDCG@10": next(told)})
+    held_out = HeldOut(queries_of(2), [CorpusPassage(f"answer {i}", "a.md") for i in range(2)])
+    monkeypatch.setattr(held_out, "similarities", lambda model: np.zeros((2, 2)), raising=False)
+    watch = run_finetuning.watcher(held_out)
+    assert [watch(None)["preferred"] for _ in looks] == [1, 2, 3, 0]
