@@ -8,13 +8,16 @@
 Most settings can be overridden for one run by a command line option of the same name (see --help).
 """
 
+import argparse
 import contextlib
 import errno
 import glob
+import io
 import os
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -76,6 +79,32 @@ MIN_RELEVANCE = 0.4  # below it "nothing relevant found"; 0 shows whatever is ne
 
 class UserError(Exception):
     """A mistake that the person at the keyboard can mend: one line that names it and the way out."""
+
+
+def add_verbosity(parser: argparse.ArgumentParser) -> None:
+    """Add --quiet and --verbose, which all four scripts have."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("-q", "--quiet", action="store_true", help="only errors and the final result")
+    group.add_argument("-v", "--verbose", action="store_true", help="also what the libraries have to say")
+
+
+def set_verbosity(options: argparse.Namespace) -> None:
+    """Silence the libraries unless --verbose, and with --quiet all of stderr but errors (see run); call it early."""
+    if options.quiet:
+        sys.stderr = io.StringIO()
+    if not options.verbose:
+        warnings.filterwarnings("ignore")
+        for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
+            os.environ[f"{library}_VERBOSITY"] = "error"
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that people would use."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 @contextlib.contextmanager
@@ -143,7 +172,8 @@ def sync(path: Path) -> None:
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main and exit: 0 done, main's own status, 2 a mistake (one line), 130 Ctrl-C."""
     try:
-        status = main() or 0
+        with contextlib.redirect_stderr(sys.stderr):  # errors are shown with --quiet too
+            status = main() or 0
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

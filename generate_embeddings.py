@@ -802,11 +802,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     actions.add_argument("--restore", action="store_true", help="go back to the index before")
     actions.add_argument("--list-backups", action="store_true", help="show the index and its backups")
+    config.add_verbosity(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
+    config.set_verbosity(options)
     index_dir, started = options.index_dir, time.perf_counter()
     if options.list_backups:
         list_backups(index_dir)
@@ -840,7 +842,7 @@ def main(argv: list[str] | None = None) -> int:
         with locked(index_dir):
             counts = build(index_dir, wanted, source, config.MAX_DOCUMENT_MB, config.INDEX_BACKUPS, config.DEVICE)
     seconds = time.perf_counter() - started
-    print(f"{len(paths)} documents, {counts[0]} distinct passages, {counts[1]} embedded; {seconds:.1f} s")
+    print(f"{len(paths)} documents, {counts[0]} distinct passages, {counts[1]} embedded; {config.duration(seconds)}")
     print(f'wrote {index_dir}; next: python semantic_search.py "your question"')
     return 0
 

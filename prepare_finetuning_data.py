@@ -25,6 +25,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -1138,6 +1139,71 @@ def share_beyond_window(texts: list[str], model_folder: Path) -> float:
     return sum(bool(one.overflowing) for one in encoded) / len(encoded)
 
 
+# --------------------------------------------------------------------------------------- pages for people
+
+CHART_COLOURS = {  # stand-ins for the variables of .templates/base.html, which follow light and dark mode
+    "base": "#000101",
+    "tuned": "#000202",
+    "ink": "#000303",
+    "line": "#000404",
+    "good": "#000505",
+    "bad": "#000606",
+}
+
+
+def render(template: str, **values) -> str:
+    """Return a template of .templates filled in; in HTML every text is escaped, for documents may hold any markup."""
+    from jinja2 import Environment, FileSystemLoader, select_autoescape
+
+    pages = Environment(
+        loader=FileSystemLoader(config.BASE_DIR / ".templates"),
+        autoescape=select_autoescape(["html"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    pages.filters["number"] = lambda value: f"{value or 0:,}"  # a figure that an older file lacks spoils no page
+    pages.filters["model_name"] = lambda name: PACKAGED_MODEL if name == "packaged" else name
+    pages.filters["duration"] = config.duration
+    pages.filters["language"] = lambda text: language(text).replace("other", "")
+    return pages.get_template(template).render(values)
+
+
+def chart(name: str, label: str, draw: Callable, height_inches: float = 2.4, panels: int = 1) -> str:
+    """Return a chart as inline SVG in the page's colours; draw gets the axes, a screen reader says the label."""
+    import matplotlib
+    from markupsafe import Markup, escape
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), CHART_COLOURS["ink"])
+    lines = dict.fromkeys(("axes.edgecolor", "grid.color"), CHART_COLOURS["line"])
+    style = {
+        "font.size": 9.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "axes.axisbelow": True,
+    }
+    style |= {"grid.linewidth": 0.6, "svg.fonttype": "none", "svg.hashsalt": name}
+    with matplotlib.rc_context(style | ink | lines):
+        figure = Figure(figsize=(4.1, height_inches), layout="constrained", facecolor="none")
+        axes = figure.subplots(panels, sharex=True)
+        draw(axes)
+        for one in figure.axes:
+            one.set_facecolor("none")
+            one.tick_params(length=0)
+        FigureCanvasSVG(figure).print_svg(file := io.StringIO(), metadata={"Date": None})
+    drawing = file.getvalue()[file.getvalue().index('<g id="figure_1">') :]
+    drawing = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", re.sub(r"font-family: [^;\"]*;? ?", "", drawing))
+    for variable, colour in CHART_COLOURS.items():
+        drawing = drawing.replace(colour, f"var(--{variable})")
+    width, height = figure.get_size_inches() * 72
+    head = f'<svg role="img" aria-labelledby="{name}" viewBox="0 0 {width:.0f} {height:.0f}"'
+    link = 'xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return Markup(f'{head} {link}><title id="{name}">{escape(label)}</title>{drawing}')
+
+
 # ------------------------------------------------------------------------------------------ the report
 
 
@@ -1197,6 +1263,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=int, default=config.SEED, help="seed of the split and of what is drawn (config.SEED)"
     )
+    config.add_verbosity(parser)
     return parser
 
 
@@ -1232,6 +1299,7 @@ def write_candidates(passages: list[Passage], templates: set[str], options: argp
 
 def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
+    config.set_verbosity(options)
     paths = find_documents(options.documents_root, options.documents or config.TARGET_DOCUMENTS)
     passages = read_passages(options.documents_root, paths, config.MAX_PASSAGE_CHARS, config.MAX_DOCUMENT_MB)
     family = group_copies(passages)
@@ -1268,7 +1336,8 @@ def main(argv: list[str] | None = None) -> None:
     write_tsv(options.data_dir / "corpus.tsv", corpus, CorpusPassage._fields)
     with replacing(options.data_dir / "data_report.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print_report(report)
+    if not options.quiet:
+        print_report(report)
     print(f"wrote {options.data_dir}; next: python run_finetuning.py")
 
 

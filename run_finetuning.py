@@ -45,11 +45,13 @@ import numpy as np
 from tqdm import tqdm
 
 import config
-from config import UserError, remove, replacing, restore_previous, sync
+from config import UserError, duration, remove, replacing, restore_previous, sync
 from prepare_finetuning_data import (
+    CHART_COLOURS,
     CorpusPassage,
     Pair,
     Query,
+    chart,
     check_model,
     find_model,
     fold,
@@ -58,6 +60,7 @@ from prepare_finetuning_data import (
     read_corpus,
     read_pairs,
     read_queries,
+    render,
     sha256_of,
     shingles,
     template_key,
@@ -69,9 +72,11 @@ from prepare_finetuning_data import (
 
 def load_model(folder: Path, device: str | None):
     """Load a SentenceTransformer from a folder that check_model accepts: safetensors only, no code of the model's."""
-    quiet_libraries()
     from sentence_transformers import SentenceTransformer
+    from transformers import logging
 
+    if logging.get_verbosity() == logging.ERROR:  # see config.set_verbosity
+        logging.disable_progress_bar()
     try:
         return SentenceTransformer(
             str(check_model(folder)),
@@ -82,17 +87,6 @@ def load_model(folder: Path, device: str | None):
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder} can not be loaded ({str(error).splitlines()[0]}); copy or make it again") from None
-
-
-def quiet_libraries() -> None:
-    """Keep the libraries' progress bars and notes off the screen; this script has its own."""
-    import datasets
-    import transformers
-
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 def mend_tokenizer(model, texts: list[str]) -> list[str]:
@@ -168,6 +162,10 @@ class HeldOut:
         show = sys.stderr.isatty() and len(self.passages) > 1000
         encode = functools.partial(model.encode, normalize_embeddings=True, show_progress_bar=show)
         return encode([query.query for query in self.queries]) @ encode(self.passages).T
+
+    def first(self, scores: np.ndarray, count: int = 3) -> list[str]:
+        """Return the passages that a query's scores put first."""
+        return [self.passages[place] for place in np.argsort(-scores, kind="stable")[:count]]
 
     def ranks(self, scores: np.ndarray) -> np.ndarray:
         """Return each query's rank of its answer from 1 on, 0 where it is not among the first ten. Shape (queries,)."""
@@ -306,11 +304,23 @@ def queries_needed(differences: np.ndarray) -> int:
     return max(MIN_QUERIES, math.ceil((1.96 * deviation / mean) ** 2)) if mean else MIN_QUERIES
 
 
-def print_comparison(result: dict) -> None:
+def print_comparison(result: dict, only_verdict: bool = False) -> None:
     """Print base against fine-tuned; the last line is for programs."""
     if not result["queries"]:
         print(f"VERDICT unknown: no held-out queries, {MIN_QUERIES} are needed; add documents or questions")
         return
+    if not only_verdict:
+        print_details(result)
+    low, high = result["interval_95"]
+    base, tuned = (result[name]["nDCG@10"] for name in ("base", "fine_tuned"))
+    print(
+        f"VERDICT {result['verdict']} nDCG@10 {base:.3f} -> {tuned:.3f}"
+        f" ({result['difference']:+.3f}, 95% CI {low:+.3f}..{high:+.3f}, {result['queries']} queries)"
+    )
+
+
+def print_details(result: dict) -> None:
+    """Print the means, by kind, language and mode, and the queries that gained and lost most."""
     base, tuned = result["base"], result["fine_tuned"]
     print(f"{'held-out queries':<28}{'base':>10}{'fine-tuned':>12}")
     for name, value in base.items():
@@ -329,14 +339,9 @@ def print_comparison(result: dict) -> None:
     if result["verdict"] in ("unknown", "unchanged"):
         needed = f"about {result['queries_needed']:,} would: add documents or questions"
         print(f"{result['queries']} queries can not tell the models apart; {needed}")
-    low, high = result["interval_95"]
-    print(
-        f"VERDICT {result['verdict']} nDCG@10 {base['nDCG@10']:.3f} -> {tuned['nDCG@10']:.3f}"
-        f" ({result['difference']:+.3f}, 95% CI {low:+.3f}..{high:+.3f}, {result['queries']} queries)"
-    )
 
 
-def search_figures(judged: HeldOut, base: np.ndarray, tuned: np.ndarray) -> tuple[dict, dict]:
+def search_figures(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, seed: int) -> tuple[dict, dict]:
     """Fit hybrid search's weight on the queries that choose; return it, and both models' figures on those that decide.
 
     base, tuned: similarities of the judged queries and passages.
@@ -346,7 +351,8 @@ def search_figures(judged: HeldOut, base: np.ndarray, tuned: np.ndarray) -> tupl
         return {}, {}
     by_weight = {w: gains(judged.ranks(judged.hybrid_matrix(tuned, w)))["nDCG@10"] for w in SEMANTIC_WEIGHTS}
     weight = fitted_weight({w: values[CHOOSING] for w, values in by_weight.items()})
-    hybrid = gains(judged.ranks(judged.hybrid_matrix(base, weight)))["nDCG@10"][DECIDING].mean()
+    before = gains(judged.ranks(judged.hybrid_matrix(base, weight)))["nDCG@10"][DECIDING]
+    after = by_weight[weight][DECIDING]
     keyword = float(gains(judged.ranks(judged.keyword_matrix()))["nDCG@10"][DECIDING].mean())
     return (
         {
@@ -355,7 +361,11 @@ def search_figures(judged: HeldOut, base: np.ndarray, tuned: np.ndarray) -> tupl
         },
         {
             "keyword": {"base": keyword, "fine_tuned": keyword},
-            "hybrid": {"base": float(hybrid), "fine_tuned": float(by_weight[weight][DECIDING].mean())},
+            "hybrid": {
+                "base": float(before.mean()),
+                "fine_tuned": float(after.mean()),
+                "interval_95": list(confidence_interval(after - before, seed)),
+            },
         },
     )
 
@@ -943,11 +953,99 @@ def choose_weights(model, base_weights: dict, choosing: HeldOut) -> tuple[float,
     return best, {alpha: float(own.mean()) for alpha, own in by_alpha.items()}
 
 
+# ------------------------------------------------------------------------------------------- the report
+
+PLAIN_NAMES = {
+    "semantic": "by meaning (semantic)",
+    "keyword": "by words (keyword)",
+    "hybrid": "by both (hybrid)",
+    "heading": "headings",
+    "sentence": "sentences",
+    "term": "IDs and terms",
+    "question": "people's questions",
+    "tr": "Turkish",
+    "en": "English",
+    "other": "other language",
+}
+
+
+def report_page(evaluation: dict, name: str) -> str:
+    """Return report.html, which tells a person who was not there what evaluation.json tells programs.
+
+    Where trained weights were rejected, their comparison with the base is shown, not that of the base with itself.
+    """
+    result = evaluation["rejected"] or evaluation["comparison"]
+    history, alphas = evaluation["history"], evaluation["nDCG@10_by_alpha"]
+    charts, modes, groups = {}, {}, {}
+    if result["queries"]:
+        semantic = {model: result[model]["nDCG@10"] for model in ("base", "fine_tuned")}
+        modes = {"semantic": semantic | {"interval_95": result["interval_95"]}} | result["nDCG@10_by_mode"]
+        modes = {PLAIN_NAMES[mode]: row for mode, row in modes.items()}
+        groups = result["nDCG@10_by_kind"] | result["nDCG@10_by_language"]
+        groups = {PLAIN_NAMES.get(group, group): row for group, row in groups.items()}
+        moved = f"{result['wins']} of {result['queries']} queries gained, {result['losses']} lost"
+        charts = {
+            "modes": chart("modes", f"nDCG@10 {told(modes)}", functools.partial(draw_pairs, modes), 2.1),
+            "groups": chart("groups", f"nDCG@10 {told(groups)}", functools.partial(draw_pairs, groups), 2.6),
+            "differences": chart("differences", moved, functools.partial(draw_differences, result["differences"])),
+        }
+    label = f"Loss and held-out nDCG@10 at steps {', '.join(str(row['step']) for row in history)}"
+    charts["history"] = chart("history", label, functools.partial(draw_history, history, alphas), 3.2, panels=2)
+    tables = {"modes": modes, "groups": groups, "plain_names": PLAIN_NAMES}
+    return render("report.html", evaluation=evaluation, result=result, name=name, charts=charts, **tables)
+
+
+def told(rows: dict[str, dict]) -> str:
+    return ", ".join(f"{name}: {row['base']:.3f} to {row['fine_tuned']:.3f}" for name, row in rows.items())
+
+
+def draw_pairs(rows: dict[str, dict], axes) -> None:
+    """Draw base and fine-tuned of each row on one line, with the interval of their difference where there is one."""
+    places = range(len(rows))
+    ends = [[row[model] for row in rows.values()] for model in ("base", "fine_tuned")]
+    axes.hlines(places, *ends, color=CHART_COLOURS["line"], linewidth=3)
+    for place, row in zip(places, rows.values(), strict=True):
+        if interval := row.get("interval_95"):
+            axes.hlines(place, *(row["base"] + limit for limit in interval), color=CHART_COLOURS["tuned"], linewidth=1)
+    axes.plot(ends[0], places, "o", color=CHART_COLOURS["base"], fillstyle="none", label="base")
+    axes.plot(ends[1], places, "D", color=CHART_COLOURS["tuned"], markersize=5, label="fine-tuned")
+    axes.set_yticks(places, list(rows))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel("nDCG@10")
+    axes.grid(axis="x")
+    axes.figure.legend(loc="outside upper right", ncols=2)
+
+
+def draw_differences(differences: list[float], axes) -> None:
+    """Draw how many queries gained and lost how much."""
+    counts, edges = np.histogram(differences, np.linspace(-1.05, 1.05, 22))
+    middles = (edges[:-1] + edges[1:]) / 2
+    colours = [CHART_COLOURS["bad" if middle < -0.01 else "good" if middle > 0.01 else "base"] for middle in middles]
+    axes.bar(middles, counts, width=0.085, color=colours)
+    axes.set_xlabel("difference in nDCG@10")
+    axes.set_ylabel("queries")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.grid(axis="y")
+
+
+def draw_history(history: list[dict], alphas: dict[float, float], axes) -> None:
+    """Draw the loss, and below it nDCG@10 of the watched queries with the base's as a dashed line."""
+    for name, colour, panel in (("loss", "base", axes[0]), ("nDCG@10", "tuned", axes[1])):
+        points = [(row["step"], row[name]) for row in history if name in row]
+        panel.plot(*zip(*points, strict=True), "o-", color=CHART_COLOURS[colour], markersize=4) if points else None
+        panel.set_ylabel(name)
+        panel.grid(axis="y")
+    if 0.0 in alphas:
+        axes[1].axhline(alphas[0.0], color=CHART_COLOURS["base"], linestyle="--", linewidth=1)
+    axes[1].set_xlabel("step")
+    axes[1].xaxis.get_major_locator().set_params(integer=True)
+
+
 # ------------------------------------------------------------------------------------------- saving, ONNX
 
 
 def save_model(model, folder: Path, evaluation: dict, texts: list[str]) -> None:
-    """Swap the model into folder whole: Sentence Transformers format, ONNX, evaluation.json, model card.
+    """Swap the model into folder whole: Sentence Transformers format, ONNX, evaluation.json, report.html, card.
 
     Raises:
         UserError: ONNX and PyTorch disagree on an embedding of texts by more than 1e-3 cosine; nothing is replaced.
@@ -960,8 +1058,9 @@ def save_model(model, folder: Path, evaluation: dict, texts: list[str]) -> None:
         (temporary / "evaluation.json").write_text(
             json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
+        (temporary / "report.html").write_text(report_page(evaluation, folder.name), encoding="utf-8")
         with (temporary / "README.md").open("a", encoding="utf-8") as card:
-            card.write(card_section(evaluation))
+            card.write(render("model_card.md", evaluation=evaluation, folder=folder.name))
 
 
 def save_with_onnx(model, folder: Path, texts: list[str]) -> None:
@@ -978,21 +1077,6 @@ def save_with_onnx(model, folder: Path, texts: list[str]) -> None:
     except (RuntimeError, SafetensorError) as error:  # where others raise an OSError
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder.parent} can not be written to ({reason}); make room or name another place") from None
-
-
-def card_section(evaluation: dict) -> str:
-    """Return what the model card adds to Sentence Transformers' own: which base was used, and the verdict."""
-    result = evaluation["comparison"]
-    lines = ["\n## Fine-tuned on a project's own documents\n"]
-    if evaluation["base"]["note"]:
-        lines.append(f"Note: {evaluation['base']['note']}.\n")
-    if result["queries"]:
-        before, after = result["base"]["nDCG@10"], result["fine_tuned"]["nDCG@10"]
-        lines.append(
-            f"On {result['queries']} held-out queries from documents that training never saw:"
-            f" nDCG@10 {before:.3f} for the base, {after:.3f} for this model ({result['verdict']}).\n"
-        )
-    return "\n".join(lines)
 
 
 def export_onnx(model, folder: Path, texts: list[str]) -> None:
@@ -1110,7 +1194,7 @@ def plan_steps(rows: int, seconds: float, budget_seconds: float, options: argpar
     wanted = options.max_steps or -(-rows // (options.batch_size * processes()))
     steps = max(1, min(wanted, int(budget_seconds / seconds)))
     note = f" of {wanted} (config.MAX_TRAINING_MINUTES)" if steps < wanted else ""
-    print(f"{steps} steps{note} of {options.batch_size} pairs, about {steps * seconds / 60:.1f} minutes")
+    print(f"{steps} steps{note} of {options.batch_size} pairs, about {duration(steps * seconds)}", file=sys.stderr)
     return steps
 
 
@@ -1210,7 +1294,10 @@ def judge(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, kept_base: bool,
     ranks = [judged.ranks(scores) for scores in (base, tuned)]
     halves = [own[DECIDING] for own in ranks]
     comparison = compare(judged.queries[DECIDING], *halves, kept_base, options.seed)
-    search, by_mode = search_figures(judged, base, tuned)
+    search, by_mode = search_figures(judged, base, tuned, options.seed)
+    for row in comparison.get("most_gained", []) + comparison.get("most_lost", []):
+        place = judged.queries.index(Query(*(row[name] for name in Query._fields)))
+        row |= {"base_first": judged.first(base[place]), "fine_tuned_first": judged.first(tuned[place])}
     return {
         "comparison": comparison | {"nDCG@10_by_mode": by_mode},
         "search": search,
@@ -1258,11 +1345,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--force", action="store_true", help="replace a model that searches better or was tuned from a better base"
     )
+    config.add_verbosity(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
+    config.set_verbosity(options)
     started = time.perf_counter()
     check_options(options)
     restore_previous(options.model_dir)
@@ -1270,7 +1359,7 @@ def main(argv: list[str] | None = None) -> None:
     judged = held_out.part(held_out.queries, config.EVALUATION_PASSAGES, options.seed)
     watched = held_out.part(held_out.queries[CHOOSING], config.WATCHED_PASSAGES, options.seed)
     if options.evaluate_only:
-        print_comparison(evaluate_saved(options, judged))
+        print_comparison(evaluate_saved(options, judged), options.quiet)
         return
     pairs = read_pairs(options.data_dir)
     wanted = options.base_model or config.BASE_MODEL
@@ -1293,12 +1382,15 @@ def main(argv: list[str] | None = None) -> None:
     tuned = judged.similarities(model)
     kept_base = evaluation["alpha"] == 0 and not evaluation["letters_read_plainly"]
     result = judge(judged, base, tuned, kept_base, options)
+    rejected = None
     if result["comparison"]["verdict"] == "worse":
         print("the fine-tuned model searches worse than the base, so the base is kept:")
-        print_comparison(result["comparison"])
+        rejected = result["comparison"]
+        print_comparison(rejected)
         model = load_model(base_folder, config.DEVICE)
         result = judge(judged, base, base, True, options)
     evaluation |= result | {
+        "rejected": rejected,
         "base": {"wanted": wanted, "used": "packaged" if note else wanted, "note": note},
         "data": read_json(options.data_dir / "data_report.json"),
         "minutes": round((time.perf_counter() - started) / 60, 1),
@@ -1313,9 +1405,10 @@ def finish(model, evaluation: dict, judged: HeldOut, options: argparse.Namespace
         print(f"not saved, the installed model searches better: {better}; --force replaces it")
     else:
         save_model(model, options.model_dir, evaluation, judged.passages[:64])
-        print(f"took {evaluation['minutes']} minutes; wrote {options.model_dir}; next: python generate_embeddings.py")
+        print(f"took {duration(60 * evaluation['minutes'])}; wrote {options.model_dir} with report.html")
+        print("next: python generate_embeddings.py")
     remove(workspace(options.model_dir))
-    print_comparison(evaluation["comparison"])
+    print_comparison(evaluation["comparison"], options.quiet)
 
 
 if __name__ == "__main__":

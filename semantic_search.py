@@ -758,11 +758,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--json", action="store_true", help="one JSON object a query on one line, nothing else on stdout"
     )
     parser.add_argument("--index-dir", type=Path, default=config.INDEX_DIR, metavar="DIR", help="(config.INDEX_DIR)")
+    config.add_verbosity(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
+    config.set_verbosity(options)
     if options.top_k < 1:
         raise UserError(f"--top-k {options.top_k} is too low; the least is 1")
     if not 0 <= options.min_relevance <= 1:

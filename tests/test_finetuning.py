@@ -517,7 +517,7 @@ def test_the_schedule_is_cut_to_the_time_that_is_left(capsys):
     options = argparse.Namespace(max_steps=0, batch_size=10)
     assert run_finetuning.plan_steps(195, 1.0, 1000.0, options) == 20
     assert run_finetuning.plan_steps(195, 1.0, 7.5, options) == 7
-    assert "7 steps of 20 (config.MAX_TRAINING_MINUTES)" in capsys.readouterr().out
+    assert "7 steps of 20 (config.MAX_TRAINING_MINUTES)" in capsys.readouterr().err
     assert run_finetuning.plan_steps(195, 1.0, -5.0, options) == 1
     assert run_finetuning.plan_steps(195, 1.0, 1000.0, argparse.Namespace(max_steps=3, batch_size=10)) == 3
 
