@@ -14,7 +14,7 @@ Files written to config.FINE_TUNING_DATA_DIR (UTF-8; TSV with a header line, one
     evaluation_data.tsv  query, positive, strategy, source_file: made from whole documents that training never sees
     corpus.tsv           passage, source_file: every passage that the held-out queries are searched in, as the model
                          reads it; each positive of evaluation_data.tsv is one of them
-    data_report.json     the figures that are printed
+    data_report.json     the figures that are printed; --report FILE.html shows them with examples of the pairs
 Files read there where they exist, tab-separated with a header line:
     questions.tsv            question, passage (the text that answers it, or file:line): written by a person
     question_candidates.tsv  accept, question, passage, source_file: from --suggest-questions, marked by a person
@@ -1133,10 +1133,11 @@ def load_tokenizer(folder: Path):
     return tokenizer, window
 
 
-def share_beyond_window(texts: list[str], model_folder: Path) -> float:
-    tokenizer, _ = load_tokenizer(model_folder)
-    encoded = tokenizer.encode_batch(texts)
-    return sum(bool(one.overflowing) for one in encoded) / len(encoded)
+def count_tokens(texts: list[str], model_folder: Path) -> tuple[list[int], int]:
+    """Return how many tokens a model would read of each text if it read all, and how many it reads: its window."""
+    tokenizer, window = load_tokenizer(model_folder)
+    tokenizer.no_truncation()
+    return [len(one.ids) for one in tokenizer.encode_batch(texts)], window
 
 
 # --------------------------------------------------------------------------------------- pages for people
@@ -1199,12 +1200,83 @@ def chart(name: str, label: str, draw: Callable, height_inches: float = 2.4, pan
     for variable, colour in CHART_COLOURS.items():
         drawing = drawing.replace(colour, f"var(--{variable})")
     width, height = figure.get_size_inches() * 72
-    head = f'<svg role="img" aria-labelledby="{name}" viewBox="0 0 {width:.0f} {height:.0f}"'
+    head = f'<svg role="img" aria-labelledby="{name}-title" viewBox="0 0 {width:.0f} {height:.0f}"'
     link = 'xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return Markup(f'{head} {link}><title id="{name}">{escape(label)}</title>{drawing}')
+    return Markup(f'{head} {link}><title id="{name}-title">{escape(label)}</title>{drawing}')
 
 
 # ------------------------------------------------------------------------------------------ the report
+
+
+def write_report(
+    path: Path,
+    report: dict,
+    passages: list[Passage],
+    family: dict[str, str],
+    templates: set[str],
+    pairs: list[Pair],
+    tokens: list[int],
+    window: int,
+) -> None:
+    """Write the figures of data_report.json as a page for people, with what they were counted from.
+
+    tokens: the length of each passage of the corpus; window: how many of them the base model reads.
+    """
+    copies, folders, repeated = defaultdict(list), defaultdict(Counter), defaultdict(dict)
+    for source_file, first in sorted(family.items()):
+        copies[first].append(source_file)
+        folders["/".join(source_file.split("/")[:-1][:2]) or "."]["documents"] += 1
+    for passage in passages:
+        folders["/".join(passage.source_file.split("/")[:-1][:2]) or "."]["passages"] += 1
+        for text in map(plain_text, (*passage.blocks, *passage.heading[-1:])):
+            if (key := template_key(text)) in templates:
+                repeated[key].setdefault(passage.source_file, text)
+    beyond = sum(count > window for count in tokens)
+    label = f"Lengths of {len(tokens)} passages; {beyond} are longer than the window of {window} tokens"
+    page = render(
+        "data_report.html",
+        report=report,
+        folders=folders,
+        languages=Counter(language(passage.text) for passage in passages),
+        copies=[files for _, files in sorted(copies.items()) if len(files) > 1],
+        templates=sorted(
+            ((next(iter(found.values())), len(found)) for found in repeated.values()), key=lambda one: -one[1]
+        ),
+        lengths=chart("lengths", label, functools.partial(draw_lengths, tokens, window)),
+        window=window,
+        median=sorted(tokens)[len(tokens) // 2],
+        examples={strategy: pick_examples(pairs, strategy, report["seed"]) for strategy in report["training_pairs"]},
+    )
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def pick_examples(pairs: list[Pair], strategy: str, seed: int, count: int = 10) -> dict[str, list[Pair]]:
+    """Return random pairs of a strategy, and those whose anchor shares fewest words with the positive."""
+    own = [pair for pair in pairs if pair.strategy == strategy]
+
+    def shared_words(pair: Pair) -> tuple[float, int]:
+        anchor, positive = ({word[:6] for word in WORD.findall(fold(text))} for text in pair[:2])
+        return len(anchor & positive) / max(1, len(anchor)), len(pair.anchor) + len(pair.positive)
+
+    return {
+        "random": random.Random(seed).sample(own, min(count, len(own))),
+        "doubtful": sorted(own, key=shared_words)[:count],
+    }
+
+
+def draw_lengths(tokens: list[int], window: int, axes) -> None:
+    """Draw how many passages have how many tokens, those beyond the window in another colour."""
+    width = max(1, window // 16)
+    counts = Counter(min(count, 2 * window) // width for count in tokens)
+    for place, number in sorted(counts.items()):
+        colour = CHART_COLOURS["bad" if place * width >= window else "tuned"]
+        axes.bar((place + 0.5) * width, number, width=0.9 * width, color=colour)
+    axes.axvline(window, color=CHART_COLOURS["ink"], linestyle="--", linewidth=1)
+    axes.annotate(" window", (window, 0.95), xycoords=("data", "axes fraction"))
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("passages")
+    axes.grid(axis="y")
 
 
 def print_report(report: dict) -> None:
@@ -1247,6 +1319,9 @@ def build_parser() -> argparse.ArgumentParser:
         choices=sorted(STRATEGIES),
         metavar="NAME",
         help=f"{', '.join(STRATEGIES)}; may be repeated (config.PAIR_STRATEGIES)",
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE.html", help="also write the figures and examples of the pairs as a page"
     )
     parser.add_argument(
         "--suggest-questions",
@@ -1318,7 +1393,9 @@ def main(argv: list[str] | None = None) -> None:
             "no training pairs: the documents are too few or too short; give more --documents or --strategy"
         )
     model_folder, note = find_model(config.BASE_MODEL, config.BASE_MODEL_REVISION, fallback=True)
+    tokens, window = count_tokens([row.passage for row in corpus], model_folder)
     report = {
+        "documents_root": options.documents_root.resolve().name,
         "documents": len(paths),
         "copies": len(family) - len(set(family.values())),
         "passages": len(passages),
@@ -1328,7 +1405,7 @@ def main(argv: list[str] | None = None) -> None:
         "training_pairs": dict(Counter(pair.strategy for pair in pairs)),
         "dropped": dropped,
         "window_model": "the packaged model" if note else config.BASE_MODEL,
-        "share_beyond_window": share_beyond_window([row.passage for row in corpus], model_folder),
+        "share_beyond_window": sum(count > window for count in tokens) / len(tokens),
         "seed": options.seed,
     }
     write_tsv(options.data_dir / "training_data.tsv", pairs, Pair._fields)
@@ -1336,9 +1413,11 @@ def main(argv: list[str] | None = None) -> None:
     write_tsv(options.data_dir / "corpus.tsv", corpus, CorpusPassage._fields)
     with replacing(options.data_dir / "data_report.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if options.report:
+        write_report(options.report, report, passages, family, templates, pairs, tokens, window)
     if not options.quiet:
         print_report(report)
-    print(f"wrote {options.data_dir}; next: python run_finetuning.py")
+    print(f"wrote {options.data_dir}{f' and {options.report}' * bool(options.report)}; next: python run_finetuning.py")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ DOCUMENTS = {"--documents-root": "DOCUMENTS_ROOT", "--documents": "TARGET_DOCUME
 OPTIONS = {
     "prepare_finetuning_data.py": DOCUMENTS
     | {"--data-dir": "FINE_TUNING_DATA_DIR", "--strategy": "PAIR_STRATEGIES", "--seed": "SEED"}
-    | dict.fromkeys(["--suggest-questions", "--question-endpoint", "--question-model"]),
+    | dict.fromkeys(["--report", "--suggest-questions", "--question-endpoint", "--question-model"]),
     "run_finetuning.py": {
         "--data-dir": "FINE_TUNING_DATA_DIR",
         "--model-dir": "MODEL_NAME",
