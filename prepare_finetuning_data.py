@@ -21,6 +21,7 @@ Files read there where they exist, tab-separated with a header line:
 """
 
 import argparse
+import base64
 import contextlib
 import functools
 import hashlib
@@ -1166,6 +1167,8 @@ def render(template: str, **values) -> str:
     pages.filters["number"] = lambda value: f"{value or 0:,}"  # a figure that an older file lacks spoils no page
     pages.filters["model_name"] = lambda name: PACKAGED_MODEL if name == "packaged" else name
     pages.filters["duration"] = config.duration
+    pages.filters["plain_text"] = plain_text
+    pages.filters["sha256"] = lambda script: base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     pages.filters["language"] = lambda text: language(text).replace("other", "")
     return pages.get_template(template).render(values)
 

@@ -10,6 +10,7 @@
     python semantic_search.py --mode task --top-k 8 "CUDA PoC raporunu incele ve mimari açıdan değerlendir"
     python semantic_search.py --mode task KM-2.1         # what helps with a task that the documents define
     python semantic_search.py --compare embeddings_base "görev takibi"
+    python semantic_search.py --compare embeddings_base --html comparison.html < queries.txt    # a page to judge on
     python semantic_search.py                            # a prompt; :help tells its commands, Ctrl-D ends it
     python semantic_search.py --json < queries.txt       # one query a line, one JSON object a line
 
@@ -43,15 +44,17 @@ import shlex
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 import config
-from config import UserError
+from config import UserError, replacing
 from generate_embeddings import Index, Superseded, load_index
-from prepare_finetuning_data import plain_text, sentences, warn
+from prepare_finetuning_data import plain_text, render, sentences, warn
 from run_finetuning import (
     CANDIDATES,
     DEFAULT_SEMANTIC_WEIGHT,
@@ -636,6 +639,28 @@ def move(result: dict) -> str:
     return "same rank" if not difference else f"{'▲' if difference > 0 else '▼'}{abs(difference)}"
 
 
+def write_comparison(path: Path, index: Index, queries: Iterable[str], request: Request, other: Path) -> list[dict]:
+    """Write two indexes' results for the queries as a page on which a person marks what is relevant; return them.
+
+    The page exports the marks as lines of questions.tsv (prepare_finetuning_data.Question).
+
+    Raises:
+        UserError: there are no queries.
+    """
+    wanted = [query for query in map(str.strip, queries) if query]
+    if not wanted:
+        raise UserError("--html needs queries: give one, or one a line through a pipe: --html FILE < queries.txt")
+    shown = tqdm(wanted, "searching", unit="query", disable=None, delay=2)
+    answers = [compare(index, load_other(other), query, request) for query in shown]
+    names = [str(index.folder), str(other)]
+    page = render("comparison.html", answers=answers, names=names, mode=request.mode, move=move)
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    print(f"wrote {path} with {len(answers)} queries; open it in a browser, mark the passages and export them;")
+    print("next: python prepare_finetuning_data.py")
+    return answers
+
+
 # ---------------------------------------------------------------------------------------------- the prompt
 
 HELP = """:mode {modes}   how to search, now {mode}
@@ -755,6 +780,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--explain", action="store_true", help="show what each score is made of")
     parser.add_argument("--compare", type=Path, metavar="DIR", help="show the results of another index beside these")
     parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="with --compare: write a page to mark what is relevant on"
+    )
+    parser.add_argument(
         "--json", action="store_true", help="one JSON object a query on one line, nothing else on stdout"
     )
     parser.add_argument("--index-dir", type=Path, default=config.INDEX_DIR, metavar="DIR", help="(config.INDEX_DIR)")
@@ -769,6 +797,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--top-k {options.top_k} is too low; the least is 1")
     if not 0 <= options.min_relevance <= 1:
         raise UserError(f"--min-relevance {options.min_relevance} is not from 0 to 1")
+    if options.html and not options.compare:
+        raise UserError("--html needs --compare DIR, the index to compare with")
     if options.context < 0:
         raise UserError(f"--context {options.context} is too low; the least is 0")
     index = load_index(options.index_dir)
@@ -777,13 +807,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     if changed := index.changed_documents():
         warn(f"{options.index_dir} is older than {len(changed)} of its documents; run generate_embeddings.py")
-    if options.query:
+    piped = (line.decode(errors="replace").rstrip("\r\n") for line in sys.stdin.buffer)
+    if options.html:
+        queries = [" ".join(options.query)] if options.query or sys.stdin.isatty() else piped
+        found = any(one["relevant"] for one in write_comparison(options.html, index, queries, request, options.compare))
+    elif options.query:
         found = answer_query(index, " ".join(options.query), request, options)["relevant"]
     elif sys.stdin.isatty():
         found = prompt(index, request, options)
     else:
-        lines = (line.decode(errors="replace").rstrip("\r\n") for line in sys.stdin.buffer)
-        answers = [answer_query(index, line, request, options)["relevant"] for line in lines]
+        answers = [answer_query(index, line, request, options)["relevant"] for line in piped]
         found = any(answers)
     return 0 if found else 1
 

@@ -31,7 +31,14 @@ OPTIONS = {
     "generate_embeddings.py": DOCUMENTS
     | {"--model": "MODEL_NAME", "--index-dir": "INDEX_DIR", "--check": None, "--restore": None, "--list-backups": None},
     "semantic_search.py": {"--mode": "SEARCH_MODE", "--top-k": "TOP_K", "--min-relevance": "MIN_RELEVANCE"}
-    | {"--context": None, "--explain": None, "--compare": None, "--json": None, "--index-dir": "INDEX_DIR"},
+    | {
+        "--context": None,
+        "--explain": None,
+        "--compare": None,
+        "--html": None,
+        "--json": None,
+        "--index-dir": "INDEX_DIR",
+    },
 }
 
 

@@ -5,15 +5,18 @@ import itertools
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DOCUMENTS, exit_status, write_documents
+from conftest import DOCUMENTS, error_line, exit_status, run_script, write_documents
 
 import config
+import generate_embeddings
 import prepare_finetuning_data
 import run_finetuning
+import semantic_search
 from prepare_finetuning_data import CorpusPassage, Query
 from run_finetuning import HeldOut, judge, report_page
 
@@ -287,6 +290,83 @@ def test_print_shows_what_is_folded_away_on_screen(browser, pages):
         "return [...document.querySelectorAll('details li')].every(one => one.getBoundingClientRect().height > 0)"
     )
     assert browser.run("return document.querySelectorAll('details:not([open])').length") > 0
+
+
+# ------------------------------------------------------------------------------------ marking of results
+
+QUERIES = ["görev takibi nasıl yapılır?", "", HOSTILE + " yedek parça payı", "rolling back a release"]
+
+
+@pytest.fixture(scope="module")
+def comparison(chain, tmp_path_factory) -> Path:
+    """The page of three queries, the fine-tuned model's index beside the base model's."""
+    folder = tmp_path_factory.mktemp("comparison")
+    documents = ["--documents-root", chain.documents, "--documents", "**/*.md"]
+    assert (
+        exit_status(generate_embeddings.main, [*documents, "--model", chain.base, "--index-dir", folder / "base"]) == 0
+    )
+    arguments = ["--index-dir", chain.index, "--compare", folder / "base", "--html", folder / "comparison.html"]
+    done = run_script("semantic_search.py", *arguments, stdin="\n".join(QUERIES))
+    assert done.returncode == 0 and "with 3 queries" in done.stdout, done.stderr
+    return folder / "comparison.html"
+
+
+def test_marks_are_kept_and_become_lines_that_step_1_reads(browser, comparison, chain, tmp_path):
+    browser.open(comparison)
+    assert browser.run("return document.getElementById('lines').value") == "question\tpassage\n"
+    sections = browser.driver.find_elements("css selector", "main section")
+    for section, value in zip(sections, ("yes", "no", "yes"), strict=True):
+        section.find_element("css selector", f"button[value={value}]").click()
+    (second := sections[2].find_elements("css selector", "button[value=yes]")[1]).click()
+    second.click()  # a second click takes the mark back
+    browser.driver.refresh()
+    pressed = "return [...document.querySelectorAll('[aria-pressed=true]')].map(one => one.value)"
+    assert set(browser.run(pressed)) == {"yes", "no"}
+    marked = "return [...document.querySelectorAll('li.yes')].map(one => [one.dataset.question, one.dataset.passage])"
+    wanted = {tuple(row) for row in browser.run(marked)}
+    assert len(wanted) == 2
+    (tmp_path / "questions.tsv").write_text(
+        browser.run("return document.getElementById('lines').value"), encoding="utf-8"
+    )
+    paths = prepare_finetuning_data.find_documents(chain.documents, ["**/*.md"])
+    passages = prepare_finetuning_data.read_passages(chain.documents, paths, config.MAX_PASSAGE_CHARS, 20)
+    found = prepare_finetuning_data.find_answers(prepare_finetuning_data.read_questions(tmp_path), passages)
+    assert {(question, prepare_finetuning_data.plain_text(passage.text)) for question, passage in found} == wanted
+    assert "Marked relevant: left 2 of 3" in browser.run("return document.getElementById('tally').textContent")
+
+
+def test_the_lines_can_be_downloaded(browser, comparison, tmp_path):
+    browser.command("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    browser.open(comparison)
+    browser.driver.find_element("id", "download").click()
+    file = tmp_path / "questions.tsv"
+    for _ in range(100):
+        if file.exists():
+            break
+        time.sleep(0.1)
+    assert file.read_text(encoding="utf-8") == browser.run("return document.getElementById('lines').value")
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_the_page_to_mark_on_runs_nothing_but_its_own_script(browser, comparison, width):
+    browser.open(comparison, width)
+    assert browser.run("return document.scrollingElement.scrollWidth") <= width
+    assert browser.run("return document.title") != "run"
+    assert '<script>document.title = "run"</script>' in browser.run("return document.body.innerText")
+    assert browser.run("return document.querySelectorAll('script').length") == 1
+    assert browser.logged() == []
+    assert browser.requested() == [comparison.as_uri()]
+
+
+def test_a_page_without_queries_or_a_second_index_is_one_line(chain, tmp_path, capsys):
+    for arguments, words in (
+        (["x"], "--html needs --compare"),
+        (["--compare", chain.index, " "], "--html needs queries"),
+    ):
+        page = ["--index-dir", chain.index, "--html", tmp_path / "page.html"]
+        assert exit_status(semantic_search.main, [*page, *arguments]) == 2
+        assert words in error_line(capsys.readouterr().err)
+    assert not (tmp_path / "page.html").exists()
 
 
 # ------------------------------------------------------------------------------------- quiet and verbose
