@@ -304,13 +304,15 @@ def queries_needed(differences: np.ndarray) -> int:
     return max(MIN_QUERIES, math.ceil((1.96 * deviation / mean) ** 2)) if mean else MIN_QUERIES
 
 
-def print_comparison(result: dict, only_verdict: bool = False) -> None:
-    """Print base against fine-tuned; the last line is for programs."""
+def print_comparison(result: dict, quiet: bool = False, summary: str = "") -> None:
+    """Print base against fine-tuned, the summary of the run, and the verdict, a line for programs."""
+    if result["queries"] and not quiet:
+        print_details(result)
+    if summary:
+        print(summary)
     if not result["queries"]:
         print(f"VERDICT unknown: no held-out queries, {MIN_QUERIES} are needed; add documents or questions")
         return
-    if not only_verdict:
-        print_details(result)
     low, high = result["interval_95"]
     base, tuned = (result[name]["nDCG@10"] for name in ("base", "fine_tuned"))
     print(
@@ -1239,7 +1241,7 @@ def fine_tune(
     window, model.max_seq_length = model.max_seq_length, min(model.max_seq_length, config.TRAINING_TOKENS)
     if is_first_process() and not planned:
         step_seconds = seconds_per_step(model, make_loss(options.loss, model), columns, options.batch_size)
-        print(f"{len(pairs):,} pairs, {len(rows):,} times trained on: ", end="")
+        print(f"{len(pairs):,} pairs, {len(rows):,} times trained on", file=sys.stderr)
         planned = plan_steps(len(rows), step_seconds, budget_seconds, options)
         write_workspace(workspace(options.model_dir), identity, planned)
     steps = from_first_process(planned)
@@ -1384,9 +1386,8 @@ def main(argv: list[str] | None = None) -> None:
     result = judge(judged, base, tuned, kept_base, options)
     rejected = None
     if result["comparison"]["verdict"] == "worse":
-        print("the fine-tuned model searches worse than the base, so the base is kept:")
         rejected = result["comparison"]
-        print_comparison(rejected)
+        print_comparison(rejected, options.quiet, "the fine-tuned model searches worse than the base, so that is kept:")
         model = load_model(base_folder, config.DEVICE)
         result = judge(judged, base, base, True, options)
     evaluation |= result | {
@@ -1402,13 +1403,15 @@ def finish(model, evaluation: dict, judged: HeldOut, options: argparse.Namespace
     """Save the model unless the installed one searches better; print the comparison."""
     better = worse_than_installed(np.array(evaluation["held_out"]["ranks"]), judged, options.model_dir)
     if better and not options.force:
-        print(f"not saved, the installed model searches better: {better}; --force replaces it")
+        summary = f"not saved, the installed model searches better: {better}; --force replaces it"
     else:
         save_model(model, options.model_dir, evaluation, judged.passages[:64])
-        print(f"took {duration(60 * evaluation['minutes'])}; wrote {options.model_dir} with report.html")
-        print("next: python generate_embeddings.py")
+        summary = (
+            f"wrote {options.model_dir} in {duration(60 * evaluation['minutes'])}; report.html there shows what was"
+            " gained; next: python generate_embeddings.py"
+        )
     remove(workspace(options.model_dir))
-    print_comparison(evaluation["comparison"], options.quiet)
+    print_comparison(evaluation["comparison"], options.quiet, summary)
 
 
 if __name__ == "__main__":
