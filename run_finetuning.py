@@ -1387,7 +1387,7 @@ def main(argv: list[str] | None = None) -> None:
     rejected = None
     if result["comparison"]["verdict"] == "worse":
         rejected = result["comparison"]
-        print_comparison(rejected, options.quiet, "the fine-tuned model searches worse than the base, so that is kept:")
+        print_comparison(rejected, options.quiet, "the fine-tuned model searches worse, so the base is kept:")
         model = load_model(base_folder, config.DEVICE)
         result = judge(judged, base, base, True, options)
     evaluation |= result | {
