@@ -471,7 +471,7 @@ def test_another_model_in_the_same_folder_is_noticed_and_the_index_built_anew(bu
     from run_finetuning import load_model, save_model
 
     model = load_model(tiny_multilingual_model, "cpu")
-    evaluation = {"base": {"note": None}, "comparison": {"queries": 0, "verdict": "unknown"}}
+    evaluation = json.loads((built.model / "evaluation.json").read_text(encoding="utf-8"))
     save_model(model, built.model, evaluation, ["bir metin", "a second text"])
     shutil.rmtree(config.previous(built.model))
     status, line = built.search("bütçe", "semantic")

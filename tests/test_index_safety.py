@@ -85,16 +85,14 @@ class Script:
 class Saving:
     """run_finetuning.py's saving of a model that is a little different each time."""
 
-    def __init__(self, base: Path, folder: Path, number: int):
-        self.base, self.folder, self.number = base, folder, number
+    def __init__(self, chain, folder: Path, number: int):
+        self.base, self.folder, self.number = chain.base, folder, number
+        self.evaluation = json.loads((chain.model / "evaluation.json").read_text(encoding="utf-8"))
 
     def __call__(self):
         model = load_model(self.base, "cpu")
         model.get_submodule("0").auto_model.pooler.dense.bias.data += self.number
-        save_model(model, self.folder, EVALUATION, ["bir metin", "a second text"])
-
-
-EVALUATION = {"base": {"note": None}, "comparison": {"queries": 0, "verdict": "unknown"}}
+        save_model(model, self.folder, self.evaluation, ["bir metin", "a second text"])
 
 
 def start(server, work, kill_at=None, file_limit=None, backups=2):
@@ -235,7 +233,7 @@ def test_restoring_killed_at_any_moment_leaves_the_current_index_or_the_one_befo
 
 def test_saving_a_model_killed_at_any_moment_leaves_search_with_the_index_s_model(server, place, chain, capsys):
     for _ in range(2):  # the second one has a <name>.previous to replace, as all later ones have
-        whole = run(server, Saving(chain.base, place.model, 0))
+        whole = run(server, Saving(chain, place.model, 0))
         assert whole.status == 0, whole.printed
     assert run(server, place.build).status == 0
     written = 0
@@ -245,7 +243,7 @@ def test_saving_a_model_killed_at_any_moment_leaves_search_with_the_index_s_mode
     for number, moment in enumerate([*moments(whole.events - 20, 10), *last], 1):
         for leftover in place.model.parent.glob(".*.new"):
             shutil.rmtree(leftover)  # else its removal, too, counts as file operations
-        done = run(server, Saving(chain.base, place.model, number), kill_at=max(1, round(moment)))
+        done = run(server, Saving(chain, place.model, number), kill_at=max(1, round(moment)))
         assert done.status in (0, -signal.SIGKILL), done.printed
         killed += done.status != 0
         assert version_of(place.index) == answers(place.index, capsys) == 0
@@ -254,7 +252,7 @@ def test_saving_a_model_killed_at_any_moment_leaves_search_with_the_index_s_mode
         load_model(place.model, "cpu")
         written += run(server, place.build).printed.count("the model changed")
     assert killed >= 15 and 0 < written < 15
-    assert run(server, Saving(chain.base, place.model, 99)).status == 0
+    assert run(server, Saving(chain, place.model, 99)).status == 0
     assert version_of(place.index) == 0
     assert not list(place.model.parent.glob(".*.new"))
 
@@ -282,7 +280,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_index(server, place, capsys)
 def test_a_full_disk_while_a_model_is_saved_leaves_the_model(server, place, chain):
     sizes = [path.stat().st_size for path in place.model.rglob("*") if path.is_file()]
     for limit in (0, max(sizes) // 2, max(sizes) - 1):
-        done = run(server, Saving(chain.base, place.model, 1), file_limit=limit)
+        done = run(server, Saving(chain, place.model, 1), file_limit=limit)
         assert done.status == 2 and "Traceback" not in done.printed, done.printed
         assert version_of(place.index) == 0
 
