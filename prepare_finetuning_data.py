@@ -1010,6 +1010,17 @@ def read_tsv(
     return [row_type(*(row[place] for place in places)) for row in rows[1:]]
 
 
+def write_data(
+    data_dir: Path, pairs: list[Pair], queries: list[Query], corpus: list[CorpusPassage], report: dict
+) -> None:
+    """Write the four files that step 2 reads."""
+    write_tsv(data_dir / "training_data.tsv", pairs, Pair._fields)
+    write_tsv(data_dir / "evaluation_data.tsv", queries, Query._fields)
+    write_tsv(data_dir / "corpus.tsv", corpus, CorpusPassage._fields)
+    with replacing(data_dir / "data_report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def read_pairs(data_dir: Path) -> list[Pair]:
     return read_tsv(data_dir / "training_data.tsv", Pair)
 
@@ -1392,9 +1403,7 @@ def main(argv: list[str] | None = None) -> None:
     pairs, dropped = make_pairs(passages, held_out, templates, strategies, config.MAX_PAIRS_PER_SECTION, options.seed)
     pairs = question_pairs(labelled, held_out) + pairs
     if not pairs:
-        raise UserError(
-            "no training pairs: the documents are too few or too short; give more --documents or --strategy"
-        )
+        raise UserError("no training pairs: too few documents, or too short; give more --documents or --strategy")
     model_folder, note = find_model(config.BASE_MODEL, config.BASE_MODEL_REVISION, fallback=True)
     tokens, window = count_tokens([row.passage for row in corpus], model_folder)
     report = {
@@ -1411,11 +1420,7 @@ def main(argv: list[str] | None = None) -> None:
         "share_beyond_window": sum(count > window for count in tokens) / len(tokens),
         "seed": options.seed,
     }
-    write_tsv(options.data_dir / "training_data.tsv", pairs, Pair._fields)
-    write_tsv(options.data_dir / "evaluation_data.tsv", queries, Query._fields)
-    write_tsv(options.data_dir / "corpus.tsv", corpus, CorpusPassage._fields)
-    with replacing(options.data_dir / "data_report.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_data(options.data_dir, pairs, queries, corpus, report)
     if options.report:
         write_report(options.report, report, passages, family, templates, pairs, tokens, window)
     if not options.quiet:

@@ -12,7 +12,7 @@
 
 The model folder is written whole and swapped in; the one before stays beside it as <name>.previous. It holds the
 Sentence Transformers format (safetensors), onnx/model.onnx (token ids in, normalised embeddings out: what steps 3 and
-4 use), evaluation.json and a model card. Printed: base against fine-tuned on the held-out queries, and last
+4 use), evaluation.json, report.html and a model card. Printed: base against fine-tuned on held-out queries, and last
 
     VERDICT improved nDCG@10 0.412 -> 0.533 (+0.121, 95% CI +0.090..+0.151, 212 queries)
 """
@@ -1307,6 +1307,16 @@ def judge(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, kept_base: bool,
     }
 
 
+def decide(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, kept_base: bool, options: argparse.Namespace) -> dict:
+    """Return what judge does, of the base alone where the tuned model is worse; "rejected" is then the comparison."""
+    result = judge(judged, base, tuned, kept_base, options) | {"rejected": None}
+    if result["comparison"]["verdict"] == "worse":
+        worse = result["comparison"]
+        print_comparison(worse, options.quiet, "the fine-tuned model searches worse, so the base is kept:")
+        result = judge(judged, base, base, True, options) | {"rejected": worse}
+    return result
+
+
 def evaluate_saved(options: argparse.Namespace, judged: HeldOut) -> dict:
     """Compare the saved model with the base it was tuned from, or --base-model, on the half that decides."""
     saved = load_model(options.model_dir, config.DEVICE)
@@ -1375,23 +1385,16 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(base_folder, config.DEVICE)
     print(f"searching {len(judged.passages):,} passages for {len(judged.queries)} held-out queries", file=sys.stderr)
     base = judged.similarities(model) if is_first_process() else None
-    evaluation_seconds = time.perf_counter() - started
     watching_share = 9 * len(watched.passages) / max(1, len(judged.passages))  # 4 looks, 5 mixtures of weights
-    budget_seconds = config.MAX_TRAINING_MINUTES * 60 - (2 + watching_share) * evaluation_seconds
+    budget_seconds = config.MAX_TRAINING_MINUTES * 60 - (2 + watching_share) * (time.perf_counter() - started)
     evaluation = fine_tune(model, pairs, watched, planned, budget_seconds, identity, options)
     if not is_first_process():
         return
-    tuned = judged.similarities(model)
     kept_base = evaluation["alpha"] == 0 and not evaluation["letters_read_plainly"]
-    result = judge(judged, base, tuned, kept_base, options)
-    rejected = None
-    if result["comparison"]["verdict"] == "worse":
-        rejected = result["comparison"]
-        print_comparison(rejected, options.quiet, "the fine-tuned model searches worse, so the base is kept:")
+    result = decide(judged, base, judged.similarities(model), kept_base, options)
+    if result["rejected"]:
         model = load_model(base_folder, config.DEVICE)
-        result = judge(judged, base, base, True, options)
     evaluation |= result | {
-        "rejected": rejected,
         "base": {"wanted": wanted, "used": "packaged" if note else wanted, "note": note},
         "data": read_json(options.data_dir / "data_report.json"),
         "minutes": round((time.perf_counter() - started) / 60, 1),

@@ -388,3 +388,12 @@ def test_quiet_leaves_the_final_result_alone_and_errors(chain, tmp_path, capsys)
 def test_times_are_told_in_units_that_people_read():
     told = [config.duration(seconds) for seconds in (0.4, 12.3, 99.0, 610, 7260)]
     assert told == ["0.4 s", "12 s", "99 s", "10 min", "2 h 1 min"]
+
+
+def test_the_libraries_are_silent_unless_verbose(chain):
+    arguments = ["--data-dir", chain.data, "--model-dir", chain.model, "--evaluate-only"]
+    silent, verbose = (
+        run_script("run_finetuning.py", *arguments, *more, TRANSFORMERS_VERBOSITY="warning") for more in ([], ["-v"])
+    )
+    assert silent.returncode == verbose.returncode == 0 and silent.stdout == verbose.stdout
+    assert silent.stderr == "" and "Loading weights" in verbose.stderr
