@@ -319,8 +319,13 @@ def test_marks_are_kept_and_become_lines_that_step_1_reads(browser, comparison, 
         section.find_element("css selector", f"button[value={value}]").click()
     (second := sections[2].find_elements("css selector", "button[value=yes]")[1]).click()
     second.click()  # a second click takes the mark back
-    browser.driver.refresh()
     pressed = "return [...document.querySelectorAll('[aria-pressed=true]')].map(one => one.value)"
+    assert set(browser.run(pressed)) == {"yes", "no"}
+    for _ in range(10):  # the browser hands a mark to its store a moment after the click
+        time.sleep(0.5)
+        browser.driver.refresh()
+        if browser.run(pressed):
+            break
     assert set(browser.run(pressed)) == {"yes", "no"}
     marked = "return [...document.querySelectorAll('li.yes')].map(one => [one.dataset.question, one.dataset.passage])"
     wanted = {tuple(row) for row in browser.run(marked)}
