@@ -830,6 +830,9 @@ def claim_workspace(folder: Path, identity: str, fresh: bool) -> int:
     left = read_json(folder / "run.json")
     checkpoint = last_checkpoint(folder)
     if checkpoint and left.get("identity") == identity and not fresh:
+        for path in sorted(folder.glob("checkpoint-*")):
+            if not (path / "complete").exists():  # cut short by the kill
+                remove(path)
         done = checkpoint.name.rpartition("-")[2]
         print(f"found an interrupted training: going on after step {done} of {left['steps']} (--fresh starts over)")
         return left["steps"]
