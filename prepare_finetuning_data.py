@@ -1102,11 +1102,13 @@ def check_model(folder: Path) -> Path:
     """Return folder if it holds a complete model in safetensors; pickled weights are refused unread."""
     from safetensors import SafetensorError, safe_open
 
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.pkl") for path in folder.glob(kind))
-        reason = f"only {pickled[0]}, a pickle that could run any code" if pickled else "no *.safetensors"
-        raise UserError(f"{folder} holds {reason}; take a copy of the model with safetensors weights")
+    weights = []
+    for part in [folder, *sorted(folder.glob("[0-9]_*/"))]:  # the body, and modules such as 2_Dense
+        weights += (own := sorted(part.glob("*.safetensors")))
+        pickled = sorted(path for kind in ("*.bin", "*.pt", "*.pth", "*.pkl") for path in part.glob(kind))
+        if not own and (pickled or part == folder):
+            reason = f"only {pickled[0].name}, a pickle that could run any code" if pickled else "no *.safetensors"
+            raise UserError(f"{part} holds {reason}; take a copy of the model with safetensors weights")
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise UserError(f"{folder} is no complete model: {name} is missing; copy or download it again")

@@ -155,13 +155,18 @@ class HeldOut:
     def fingerprint(self) -> str:
         return hashlib.sha256(repr((self.queries, self.passages)).encode()).hexdigest()
 
+    def vectors(self, model) -> tuple[np.ndarray, np.ndarray]:
+        """Return the normalised embeddings of the queries and of the passages, float32, a row each."""
+        show = sys.stderr.isatty() and len(self.passages) > 1000
+        encode = functools.partial(model.encode, normalize_embeddings=True, show_progress_bar=show)
+        return encode([query.query for query in self.queries]), encode(self.passages)
+
     def similarities(self, model) -> np.ndarray:
         """Return each query's cosine similarity to every passage, float32 of shape (queries, passages)."""
         if not self.queries:
             return np.zeros((0, len(self.passages)), dtype=np.float32)
-        show = sys.stderr.isatty() and len(self.passages) > 1000
-        encode = functools.partial(model.encode, normalize_embeddings=True, show_progress_bar=show)
-        return encode([query.query for query in self.queries]) @ encode(self.passages).T
+        queries, passages = self.vectors(model)
+        return queries @ passages.T
 
     def first(self, scores: np.ndarray, count: int = 3) -> list[str]:
         """Return the passages that a query's scores put first."""
@@ -958,6 +963,51 @@ def choose_weights(model, base_weights: dict, choosing: HeldOut) -> tuple[float,
     return best, {alpha: float(own.mean()) for alpha, own in by_alpha.items()}
 
 
+def spread_out(model, judged: HeldOut) -> tuple[np.ndarray, bool]:
+    """Spread the model's vectors over their directions unless the queries that choose find clearly less by it.
+
+    The texts of one project crowd into few directions of a general model, and training narrows that little. A last
+    linear layer that half undoes it gains about as much again as the training.
+
+    Returns:
+        the judged queries' similarities by the model as it is then, and whether its vectors are spread.
+    """
+    if len(judged.queries) < MIN_QUERIES:
+        return judged.similarities(model), False
+    queries, passages = judged.vectors(model)
+    matrix = spreading(passages)
+    spread = [vectors @ matrix for vectors in (queries, passages)]
+    queries_spread, passages_spread = (own / np.linalg.norm(own, axis=1, keepdims=True) for own in spread)
+    before, after = queries @ passages.T, queries_spread @ passages_spread.T
+    if not is_as_good(*(gains(judged.ranks(scores))["nDCG@10"][CHOOSING] for scores in (after, before))):
+        return before, False
+    add_linear(model, matrix)
+    return after, True
+
+
+def spreading(vectors: np.ndarray, power: float = 0.5, ridge: float = 0.1) -> np.ndarray:
+    """Return the symmetric matrix that lessens how unevenly vectors fill their directions; of shape (dimensions,
+    dimensions); vectors: normalised, a row each.
+
+    power 1 is whitening (Su et al., "Whitening Sentence Representations", 2021), 0 changes nothing; in between, what
+    the model has learnt to tell apart keeps counting for more. ridge: a share of the mean variance that is added to
+    each direction, for those that few vectors tell of.
+    """
+    variances, directions = np.linalg.eigh(vectors.T @ vectors / len(vectors))
+    variances = variances + ridge * variances.mean()
+    return ((directions * (variances / variances.mean()) ** (-power / 2)) @ directions.T).astype(np.float32)
+
+
+def add_linear(model, matrix: np.ndarray) -> None:
+    """Multiply the model's sentence embeddings by a matrix, before they are normalised where the model does that."""
+    import torch
+    from sentence_transformers.base.modules import Dense, Normalize
+
+    size = len(matrix)
+    layer = Dense(size, size, False, torch.nn.Identity(), init_weight=torch.from_numpy(matrix)).to(model.device)
+    model.insert(len(model) - isinstance(model[-1], Normalize), layer)
+
+
 # ------------------------------------------------------------------------------------------- the report
 
 PLAIN_NAMES = {
@@ -1178,8 +1228,9 @@ def batches_of_similar_length(lengths: np.ndarray, batch_tokens: int) -> Iterato
 def model_fingerprint(folder: Path) -> str:
     """Return the SHA-256 over weights, tokenizer and configuration: what decides a text's embedding."""
     digest = hashlib.sha256()
-    names = ("*.safetensors", "tokenizer.json", "config.json", "modules.json", "1_*/config.json", "onnx/model.onnx")
-    for path in sorted(path for name in names for path in folder.glob(name)):
+    names = ("*.safetensors", "tokenizer.json", "config.json", "modules.json", "onnx/model.onnx")
+    modules = ("[0-9]_*/config.json", "[0-9]_*/*.safetensors")
+    for path in sorted(path for name in names + modules for path in folder.glob(name)):
         digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
     return digest.hexdigest()
 
@@ -1393,8 +1444,9 @@ def main(argv: list[str] | None = None) -> None:
     evaluation = fine_tune(model, pairs, watched, planned, budget_seconds, identity, options)
     if not is_first_process():
         return
-    kept_base = evaluation["alpha"] == 0 and not evaluation["letters_read_plainly"]
-    result = decide(judged, base, judged.similarities(model), kept_base, options)
+    tuned, evaluation["spread"] = spread_out(model, judged)
+    kept_base = evaluation["alpha"] == 0 and not evaluation["letters_read_plainly"] and not evaluation["spread"]
+    result = decide(judged, base, tuned, kept_base, options)
     if result["rejected"]:
         model = load_model(base_folder, config.DEVICE)
     evaluation |= result | {

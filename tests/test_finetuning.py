@@ -76,7 +76,78 @@ def test_a_model_of_the_multilingual_shape_is_tuned_and_saved_the_same_way(chain
     assert train(chain.data, tmp_path / "model", tiny_multilingual_model) == 0
     assert_same_embeddings(tmp_path / "model", TEXTS + [row.passage for row in read_corpus(chain.data)])
     modules = json.loads((tmp_path / "model" / "modules.json").read_text(encoding="utf-8"))
-    assert len(modules) == 2, "no Normalize module is added"
+    assert [row["type"].rpartition(".")[2] for row in modules][:2] == ["Transformer", "Pooling"]
+    assert "Normalize" not in str(modules), "no Normalize module is added"
+
+
+def test_spreading_takes_the_root_of_how_unevenly_vectors_fill_their_directions():
+    rng = np.random.default_rng(5)
+    vectors = rng.normal(size=(3000, 6)) * np.sqrt([100, 10, 1, 1, 1, 0.1]) @ np.linalg.qr(rng.normal(size=(6, 6)))[0]
+
+    def variances(own: np.ndarray) -> np.ndarray:
+        return np.linalg.eigvalsh(own.T @ own / len(own))
+
+    before = variances(vectors)
+    half, whole = (variances(vectors @ run_finetuning.spreading(vectors, power, ridge=0)) for power in (0.5, 1.0))
+    assert half / half[0] == pytest.approx(np.sqrt(before / before[0]), rel=1e-3)
+    assert whole == pytest.approx(whole.mean(), rel=1e-3)
+    assert run_finetuning.spreading(vectors, 0.0) == pytest.approx(np.eye(6), abs=1e-5)
+    few = run_finetuning.spreading(vectors[:2])
+    assert np.linalg.cond(few) < 10, "directions of which two vectors tell nothing are not blown up"
+
+
+def crowded(count: int, noise: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Return unit vectors of queries and their answers which two strong and noisy directions make alike."""
+    rng = np.random.default_rng(1)
+    scales = np.array([30.0] * 2 + [1.0] * 30)  # two directions say most and tell the texts apart least
+    own = rng.normal(size=(count, 32)) * scales
+    both = (own + rng.normal(scale=noise, size=own.shape) * scales**1.5, own)
+    return tuple((one / np.linalg.norm(one, axis=1, keepdims=True)).astype(np.float32) for one in both)
+
+
+@pytest.mark.parametrize("base", ["tiny_model", "tiny_multilingual_model"])
+def test_a_model_whose_vectors_crowd_is_spread_and_saved_with_the_layer(base, request, tmp_path, monkeypatch):
+    model = load_model(request.getfixturevalue(base), "cpu")
+    size = 2 * run_finetuning.MIN_QUERIES
+    held_out = HeldOut(queries_of(size), [CorpusPassage(f"answer {i}", "a.md") for i in range(size)])
+    plain = [model.encode(list(texts), normalize_embeddings=True) for texts in (TEXTS, held_out.passages)]
+    monkeypatch.setattr(HeldOut, "vectors", lambda self, model: crowded(size, 0.5))
+    scores, spread = run_finetuning.spread_out(model, held_out)
+    queries, passages = crowded(size, 0.5)
+    ranks = [held_out.ranks(own) for own in (queries @ passages.T, scores)]
+    assert spread and gains(ranks[1])["nDCG@10"].mean() > gains(ranks[0])["nDCG@10"].mean()
+    wanted = plain[0] @ run_finetuning.spreading(passages)
+    wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
+    assert np.allclose(model.encode(TEXTS, normalize_embeddings=True), wanted, atol=1e-4)
+    run_finetuning.save_with_onnx(model, tmp_path / "model", TEXTS)
+    assert_same_embeddings(tmp_path / "model", TEXTS)
+    fingerprint = model_fingerprint(tmp_path / "model")
+    layer = next((tmp_path / "model").glob("*_Dense")) / "model.safetensors"
+    layer.write_bytes(layer.read_bytes()[:-1] + b"\1")
+    assert model_fingerprint(tmp_path / "model") != fingerprint
+
+
+def test_vectors_stay_as_they_are_where_the_held_out_queries_would_lose_or_are_few(tiny_model, monkeypatch):
+    def spread(count: int, vectors: tuple[np.ndarray, np.ndarray]) -> bool:
+        held_out = HeldOut(queries_of(count), [CorpusPassage(f"answer {i}", "a.md") for i in range(count)])
+        monkeypatch.setattr(HeldOut, "vectors", lambda self, model: vectors)
+        scores, spread = run_finetuning.spread_out(model, held_out)
+        assert np.array_equal(scores, vectors[0] @ vectors[1].T)
+        return spread
+
+    model = load_model(tiny_model, "cpu")
+    modules = len(model)
+    assert not spread(run_finetuning.MIN_QUERIES - 1, crowded(run_finetuning.MIN_QUERIES - 1, 0.5))
+    # The answers differ in their strongest direction alone; all the others hold noise, which spreading raises.
+    rng = np.random.default_rng(2)
+    passages = np.zeros((60, 32), dtype=np.float32)
+    angles = np.linspace(0, np.pi / 2, 60)
+    passages[:, 0], passages[:, 1] = np.cos(angles), np.sin(angles)
+    queries = passages.copy()
+    passages[:, 2:] += rng.normal(scale=0.003, size=(60, 30))
+    queries[:, 2:] += rng.normal(scale=0.003, size=(60, 30))
+    assert not spread(60, (queries, passages))
+    assert len(model) == modules
 
 
 def test_the_model_card_and_evaluation_json_tell_how_the_model_was_made(chain):
@@ -453,6 +524,7 @@ def judged_models(monkeypatch, chain, tmp_path, before: float, after: float) -> 
 
     monkeypatch.setattr(HeldOut, "similarities", similarities)
     monkeypatch.setattr(run_finetuning, "choose_weights", lambda *_: (1.0, {}))
+    monkeypatch.setattr(run_finetuning, "spread_out", lambda model, judged: (judged.similarities(model), False))
     return data
 
 

@@ -101,6 +101,15 @@ def test_pickled_weights_are_refused_and_never_loaded(chain, tmp_path, script):
     assert (tmp_path / "exploded").exists(), "the pickle would have done it"
 
 
+def test_a_module_of_a_model_with_pickled_weights_is_refused(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "2_Dense").mkdir()
+    (folder / "2_Dense" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    with pytest.raises(UserError, match="2_Dense holds only pytorch_model.bin"):
+        check_model(folder)
+    assert not (tmp_path / "exploded").exists()
+
+
 def test_pickled_weights_beside_safetensors_are_not_loaded(tiny_model, tmp_path):
     from run_finetuning import load_model
 
