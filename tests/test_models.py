@@ -105,7 +105,7 @@ def test_a_module_of_a_model_with_pickled_weights_is_refused(tiny_model, tmp_pat
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / "2_Dense").mkdir()
     (folder / "2_Dense" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
-    with pytest.raises(UserError, match="2_Dense holds only pytorch_model.bin"):
+    with pytest.raises(UserError, match=r"2_Dense holds only pytorch_model\.bin"):
         check_model(folder)
     assert not (tmp_path / "exploded").exists()
 
