@@ -38,7 +38,7 @@ FINE_TUNED_MODEL_DIR = BASE_DIR / "fine_tuned_model"
 MODEL_NAME = "alt-las-custom-MiniLM-L12-v2"  # the fine-tuned model's folder in FINE_TUNED_MODEL_DIR
 INDEX_DIR = BASE_DIR / "embeddings"
 INDEX_BACKUPS = 2  # how many earlier indexes are kept beside the current one
-FAISS_INDEX = "auto"  # exact, above 200,000 passages approximate; or a faiss.index_factory string: "HNSW32,Flat"
+FAISS_INDEX = "auto"  # exact, above 50,000 passages approximate; or a faiss.index_factory string: "HNSW32,Flat"
 
 # ------------------------------------------------------------------------------------------- passages
 MAX_PASSAGE_CHARS = 600  # longer blocks are cut at sentence ends; about one window of the base model

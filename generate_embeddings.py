@@ -306,7 +306,7 @@ def texts_of(records: list[dict]) -> list[str]:
 # -------------------------------------------------------------------------------------------- the vectors
 
 EMBED_AT_ONCE = 512  # passages; after each lot an interrupted run can go on
-EXACT_PASSAGES = 200_000  # up to here "auto" compares a query with every passage (README.md has the measurements)
+EXACT_PASSAGES = 50_000  # up to here "auto" compares a query with every passage (README.md has the measurements)
 WANTED_RECALL = 0.995  # of the ten nearest passages, for the sample that an approximate index is tuned on
 
 

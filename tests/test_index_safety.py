@@ -305,9 +305,9 @@ def read_for(index_dir: Path, seconds: float, log: Path) -> None:
     log.write_text(json.dumps({"count": count, "wrong": wrong}), encoding="utf-8")
 
 
-def test_two_writers_and_ten_readers_at_once_see_whole_indexes_only(server, place, tmp_path):
+def test_two_writers_and_ten_readers_for_a_minute_see_whole_indexes_only(server, place, tmp_path):
     logs = [tmp_path / f"reader{number}" for number in range(10)]
-    readers = [server.Process(target=read_for, args=(place.index, 8, log)) for log in logs]
+    readers = [server.Process(target=read_for, args=(place.index, 60, log)) for log in logs]
     for reader in readers:
         reader.start()
     version = 0
@@ -317,7 +317,7 @@ def test_two_writers_and_ten_readers_at_once_see_whole_indexes_only(server, plac
         for done in [finish(*writer) for writer in [start(server, place.build, backups=0) for _ in range(2)]]:
             assert done.status in (0, 2) and "Traceback" not in done.printed, done.printed
             assert (done.status == 2) == ("is writing" in done.printed), done.printed
-    assert version >= 3
+    assert version >= 10
     for reader, log in zip(readers, logs, strict=True):
         assert reader.exitcode == 0
         seen = json.loads(log.read_text(encoding="utf-8"))

@@ -652,31 +652,7 @@ def read_until(terminal: int, wanted: bytes, seconds: float = 60) -> bytes:
     return seen
 
 
-@pytest.mark.parametrize("ending", [b"\n", b"  \n", b"\x04"])
-def test_the_prompt_answers_until_an_empty_line_or_control_d(chain, ending):
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, REPOSITORY / "semantic_search.py", "--mode", "keyword", "--index-dir", chain.index],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
-    )
-    os.close(theirs)
-    try:
-        assert b"search> " in read_until(ours, b"search> ")
-        os.write(ours, "bütçe\n".encode())
-        assert b"Planlama/butce.md" in read_until(ours, b"search> ")
-        os.write(ours, ending)
-        assert b"Traceback" not in read_until(ours, b"never printed")
-        assert process.wait(timeout=60) == 0
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)
-
-
-def at_the_prompt(chain, lines: list[str], **environment) -> str:
+def at_the_prompt(chain, lines: list[str], ending: str = "\n", **environment) -> str:
     """Return what a terminal shows when lines are typed at the prompt, each after the answer to the one before."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
@@ -689,9 +665,9 @@ def at_the_prompt(chain, lines: list[str], **environment) -> str:
     os.close(theirs)
     seen = b""
     try:
-        for line in [*lines, ""]:
+        for line in [*(f"{line}\n" for line in lines), ending]:
             seen += read_until(ours, b"search> ")
-            os.write(ours, line.encode() + b"\n")
+            os.write(ours, line.encode())
         seen += read_until(ours, b"never printed")
         assert process.wait(timeout=60) == 0
     finally:
@@ -700,6 +676,12 @@ def at_the_prompt(chain, lines: list[str], **environment) -> str:
         os.close(ours)
     assert b"Traceback" not in seen
     return seen.decode()
+
+
+@pytest.mark.parametrize("ending", ["\n", "  \n", "\x04"])
+def test_the_prompt_answers_until_an_empty_line_or_control_d(chain, ending):
+    seen = at_the_prompt(chain, ["bütçe"], ending)
+    assert "Planlama/butce.md" in seen and "Traceback" not in seen
 
 
 def test_commands_of_the_prompt_change_how_it_searches_and_open_a_result(chain, tmp_path):
