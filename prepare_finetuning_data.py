@@ -417,13 +417,12 @@ def find_templates(passages: list[Passage], family: dict[str, str], min_document
     return {key for key, families in seen.items() if len(families) >= min_documents}
 
 
-def split_documents(passages: list[Passage], family: dict[str, str], share: float, seed: int) -> set[str]:
-    """Choose whole families of documents that hold about `share` of the passages; return their files."""
+def split_documents(passages: list[Passage], family: dict[str, str], room: float, seed: int) -> set[str]:
+    """Choose whole families of documents that hold about `room` of the passages; return their files."""
     sizes = Counter(family[passage.source_file] for passage in passages)
     families = sorted(sizes)
     random.Random(seed).shuffle(families)
     chosen: set[str] = set()
-    room = share * len(passages)
     for name in families:
         if sizes[name] <= room * 1.2 and len(chosen) < len(families) - 1:
             chosen.add(name)
@@ -645,7 +644,9 @@ def make_pairs(
     @functools.cache
     def leaks(text: str) -> bool:
         own = shingles(text)
-        whole = (fold(sentence) for sentence in sentences(text) if len(sentence.split()) > 5)
+        parts = [sentence.split(": ") for sentence in sentences(text)]  # a first one stands behind the heading path
+        ends = (": ".join(part[place:]) for part in parts for place in range(len(part)))
+        whole = (fold(end) for end in ends if len(end.split()) > 5)
         return len(own & held_out_shingles) > len(own) / 3 or not held_out_sentences.isdisjoint(whole)
 
     training = [passage for passage in passages if passage.source_file not in held_out]
@@ -1398,7 +1399,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.suggest_questions or options.question_endpoint:
         write_candidates(passages, templates, options)
         return
-    held_out = split_documents(passages, family, config.EVALUATION_SHARE, options.seed)
+    room = min(config.EVALUATION_SHARE * len(passages), 4 * config.MAX_EVALUATION_QUERIES)  # not each gives a query
+    held_out = split_documents(passages, family, room, options.seed)
     labelled = find_answers(read_questions(options.data_dir), passages)
     queries, corpus = make_queries(passages, held_out, templates, labelled, config.MAX_EVALUATION_QUERIES, options.seed)
     strategies = options.strategy or config.PAIR_STRATEGIES
