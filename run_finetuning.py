@@ -173,9 +173,9 @@ class HeldOut:
         return [self.passages[place] for place in np.argsort(-scores, kind="stable")[:count]]
 
     def ranks(self, scores: np.ndarray) -> np.ndarray:
-        """Return each query's rank of its answer from 1 on, 0 where it is not among the first ten. Shape (queries,)."""
+        """Return each query's rank of its answer, the last of ties, 0 if not among the first ten. Shape (queries,)."""
         own = scores[np.arange(len(self.queries)), self.answers]
-        ranks = 1 + (scores > own[:, None]).sum(axis=1)
+        ranks = (scores >= own[:, None]).sum(axis=1)
         return np.where((ranks <= 10) & np.isfinite(own), ranks, 0)
 
     @functools.cached_property
@@ -202,25 +202,25 @@ class HeldOut:
         return scores
 
 
-def watcher(watched: HeldOut):
+def watcher(watched: HeldOut, store: Path):
     """Return the watched queries as a Sentence Transformers evaluator of nDCG@10.
 
     Its second metric says which checkpoint to keep: the last that is as good as the best before it (is_as_good), since
-    a few queries can not tell checkpoints apart and the later ones have learnt more.
+    a few queries can not tell checkpoints apart and the later ones have learnt more. The best is kept in the file
+    store, for a training that goes on after a kill.
     """
     from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 
     class Watcher(SentenceEvaluator):
         primary_metric = "preferred"
-        looks, best = 0, None
 
         def __call__(self, model, output_path=None, epoch=-1, steps=-1) -> dict[str, float]:
             own = gains(watched.ranks(watched.similarities(model)))["nDCG@10"]
-            self.looks += 1
-            preferred = self.looks if self.best is None or is_as_good(own, self.best) else 0
-            if self.best is None or own.mean() > self.best.mean():
-                self.best = own
-            return {"ndcg@10": float(own.mean()), "preferred": preferred}
+            best = np.array(read_json(store).get("best", own))
+            if own.mean() >= best.mean():
+                with replacing(store) as temporary:
+                    temporary.write_text(json.dumps({"best": own.tolist()}), encoding="utf-8")
+            return {"ndcg@10": float(own.mean()), "preferred": steps if is_as_good(own, best) else 0}
 
     return Watcher()
 
@@ -769,7 +769,9 @@ def train(
 
     class Trainer(SentenceTransformerTrainer):
         def get_batch_sampler(self, dataset, batch_size, drop_last, **kwargs):
-            return PlannedBatches(dataset, batch_size, drop_last)
+            sampler = PlannedBatches(dataset, batch_size, drop_last)
+            sampler.batch_size = None  # accelerate would drop those that are shorter
+            return sampler
 
     steps = len(batches) // processes()
     # The card's example, set here lest the trainer draw its own and print about it.
@@ -779,7 +781,7 @@ def train(
         training_arguments(options, steps, bool(watched.queries), model.device.type),
         Dataset.from_dict(columns),
         loss=make_loss(options.loss, model, processes()),
-        evaluator=watcher(watched) if watched.queries else None,
+        evaluator=watcher(watched, workspace(options.model_dir) / "best.json") if watched.queries else None,
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -1300,7 +1302,8 @@ def fine_tune(
         write_workspace(workspace(options.model_dir), identity, planned)
     steps = from_first_process(planned)
     together = plan_batches(rows, apart_keys(pairs), options.batch_size * processes(), steps, options.seed)
-    batches = [rows[rank :: processes()] for rows in together for rank in range(processes())]
+    parts = processes()  # all of them get as many rows
+    batches = [rows[rank : len(rows) // parts * parts : parts] for rows in together for rank in range(parts)]
     history = train(model, columns, batches, watched, options)
     alpha, alphas = choose_weights(model, base_weights, watched) if is_first_process() else (1.0, {})
     model.max_seq_length = window
@@ -1339,8 +1342,10 @@ def worse_than_installed(ranks: np.ndarray, judged: HeldOut, model_dir: Path) ->
         others = np.array(installed["ranks"])
     else:
         print("searching them with the installed model", file=sys.stderr)
-        with contextlib.suppress(UserError):  # a damaged one may be replaced
+        try:
             others = judged.ranks(judged.similarities(load_model(model_dir, config.DEVICE)))
+        except UserError:  # a damaged one may be replaced
+            return None
     new, old = (float(gains(own)["nDCG@10"][DECIDING].mean()) for own in (ranks, others))
     return f"nDCG@10 {old:.3f} for the installed model, {new:.3f} for this one" if new < old else None
 
@@ -1377,7 +1382,7 @@ def evaluate_saved(options: argparse.Namespace, judged: HeldOut) -> dict:
     evaluation = read_json(options.model_dir / "evaluation.json")
     name = options.base_model or evaluation.get("base", {}).get("used", config.BASE_MODEL)
     base = load_model(find_model(name, config.BASE_MODEL_REVISION, fallback=False)[0], config.DEVICE)
-    kept_base = evaluation.get("comparison", {}).get("verdict") == "kept-base"
+    kept_base = evaluation.get("comparison", {}).get("verdict") == "kept-base" and name == evaluation["base"]["used"]
     return judge(judged, judged.similarities(base), judged.similarities(saved), kept_base, options)["comparison"]
 
 
@@ -1449,6 +1454,7 @@ def main(argv: list[str] | None = None) -> None:
     result = decide(judged, base, tuned, kept_base, options)
     if result["rejected"]:
         model = load_model(base_folder, config.DEVICE)
+        evaluation |= {"alpha": 0.0, "spread": False, "letters_read_plainly": []}
     evaluation |= result | {
         "base": {"wanted": wanted, "used": "packaged" if note else wanted, "note": note},
         "data": read_json(options.data_dir / "data_report.json"),
