@@ -17,6 +17,7 @@ import os
 import shutil
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -184,10 +185,11 @@ def run(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + getattr(signal, "SIGPIPE", 13)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror}; make room, allow access or name another place", file=sys.stderr)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"error: {where}{error.strerror}; make room, allow access or name another place", file=sys.stderr)
+        else:  # a fault of ours; Python's own status for it, 1, would say that nothing was found
+            traceback.print_exc()
         status = 2
     sys.exit(status)

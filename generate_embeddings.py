@@ -18,13 +18,14 @@ Only passages that are new are embedded; the others keep their vectors. Files wr
     metadata-<id>.json       an earlier index kept as a backup, with its two files (config.INDEX_BACKUPS)
     encoder-<fingerprint>/   the ONNX form of a model whose own folder has none (a base model)
 
-metadata.json: {"checksum": SHA-256 of all lines below the first, "format": 2, "id", "created", "documents_root",
-"max_passage_chars", "scripts": SHA-256 of the code that cuts passages and words, "faiss_index": config.FAISS_INDEX,
-"documents": {source_file: state}, "model": {"name", "fingerprint", "folder" relative to the index, "files": {name:
-state}}, "search": {"semantic_weight"} (as the model's evaluation.json has it, or {}), "passage_count", "dimensions",
-"keeps_vectors": whether the FAISS index gives vectors back exactly, "files": {"embeddings" or "keywords": [name, bytes,
-SHA-256]}, "passages": [{"id", "source_file", "also_in": [other files with the same text], "heading": [path],
-"chunk_index", "start_line", "end_line", "text", "hash"}, one a line]}; a state is [bytes, modified in ns, SHA-256].
+metadata.json: {"checksum": SHA-256 of all lines below the first, "format": 3, "id", "created", "documents_root",
+"max_passage_chars", "max_document_mb", "scripts": SHA-256 of the code that cuts passages and words, "faiss_index":
+config.FAISS_INDEX, "documents": {source_file: state}, "model": {"name", "fingerprint", "folder" relative to the index,
+"files": {name: state}}, "search": {"semantic_weight"} (as the model's evaluation.json has it, or {}), "passage_count",
+"dimensions", "keeps_vectors": whether the FAISS index gives vectors back exactly, "files": {"embeddings" or "keywords":
+[name, bytes, SHA-256]}, "passages": [{"id", "source_file", "also_in": [other files with the same text], "heading":
+[path], "chunk_index", "start_line", "end_line", "text", "hash"}, one a line]}; a state is [bytes, modified in ns,
+SHA-256].
 
 torchrun --nproc-per-node N generate_embeddings.py spreads the embedding over N processes; rank 0 does all the rest.
 """
@@ -54,6 +55,7 @@ from tqdm import tqdm
 import config
 from config import UserError, previous, remove, replacing, restore_previous, sync
 from prepare_finetuning_data import (
+    WINDOW_FILES,
     Passage,
     add_document_options,
     cut_passages,
@@ -65,7 +67,7 @@ from prepare_finetuning_data import (
 )
 from run_finetuning import Encoder, load_model, model_fingerprint, processes, read_json, save_with_onnx, write_keywords
 
-FORMAT = 2
+FORMAT = 3
 METADATA = "metadata.json"
 
 # ----------------------------------------------------------------------------------------- the passages
@@ -90,9 +92,10 @@ def distinct_passages(
         text = read_document(root / name, max_mb)
         for passage in cut_passages(text, name, max_chars) if text is not None else ():
             add_passage(records, passage, order)
-    if not records:
+    placed = [record for record in records.values() if record["chunk_index"] is not None]  # not so in a vanished file
+    if not placed:
         raise UserError(f"the documents in {documents_root} hold no text; see the warnings above")
-    return sorted(records.values(), key=lambda record: (order[record["source_file"]], record["chunk_index"]))
+    return sorted(placed, key=lambda record: (order[record["source_file"]], record["chunk_index"]))
 
 
 def kept_records(before: list[dict], unchanged: set[str]) -> tuple[dict[str, dict], set[str]]:
@@ -140,12 +143,14 @@ def add_passage(records: dict[str, dict], passage: Passage, order: dict[str, int
 
 # ------------------------------------------------------------------------------------------ the encoder
 
-ENCODER_FILES = ("onnx/model.onnx", "tokenizer.json", "config.json")
+ENCODER_FILES = ("onnx/model.onnx", "tokenizer.json", "config.json", *WINDOW_FILES)
 
 
 def prepare_encoder(folder: Path, fingerprint: str, index_dir: Path) -> dict:
     """Return where the ONNX form of a model is, exporting it into the index folder if the model has none."""
-    if not (folder / ENCODER_FILES[0]).is_file():
+    try:
+        Encoder(folder)
+    except UserError:  # none, or one of its publisher's that does not go through to the sentence's embedding
         source, folder = folder, index_dir / f"encoder-{fingerprint[:12]}"
         with contextlib.suppress(UserError):
             before = read_header(index_dir / METADATA)["model"]
@@ -156,7 +161,7 @@ def prepare_encoder(folder: Path, fingerprint: str, index_dir: Path) -> dict:
             save_with_onnx(model, temporary, ["a short text", "bir başka, biraz daha uzun metin"])
             remove(temporary / "model.safetensors")  # the ONNX file holds the weights
         remove(previous(folder))
-    files = {name: file_state(folder / name) for name in ENCODER_FILES}
+    files = {name: file_state(folder / name) for name in ENCODER_FILES if (folder / name).exists()}
     return {"folder": os.path.relpath(folder.resolve(), index_dir.resolve()), "files": files}
 
 
@@ -726,6 +731,7 @@ def scripts_digest() -> str:
 REBUILT_FOR = {
     "documents_root": "the documents root",
     "max_passage_chars": "config.MAX_PASSAGE_CHARS",
+    "max_document_mb": "config.MAX_DOCUMENT_MB",
     "scripts": "the code of the scripts",
     "faiss_index": "config.FAISS_INDEX",
 }
@@ -758,9 +764,7 @@ def reasons_to_build(index_dir: Path, wanted: dict) -> list[str]:
     return found
 
 
-def build(
-    index_dir: Path, wanted: dict, source: Path, max_document_mb: float, backups: int, device: str | None
-) -> tuple[int, int]:
+def build(index_dir: Path, wanted: dict, source: Path, backups: int, device: str | None) -> tuple[int, int]:
     """Make an index as wanted out of what still holds of the one before; return its passages and those embedded.
 
     wanted: what the header of metadata.json is to say; source: the model's folder.
@@ -770,11 +774,11 @@ def build(
     with contextlib.suppress(UserError):
         before = load_index(index_dir)
         known = known_vectors(before, model)
-        if all(before.header[key] == wanted[key] for key in ("documents_root", "max_passage_chars", "scripts")):
+        if all(before.header[key] == wanted[key] for key in REBUILT_FOR if key != "faiss_index"):
             kept, documents_before = before.passages, before.header["documents"]
         del before
-    root, max_chars = Path(wanted["documents_root"]), wanted["max_passage_chars"]
-    records = distinct_passages(root, wanted["documents"], kept, documents_before, max_chars, max_document_mb)
+    root, limits = Path(wanted["documents_root"]), (wanted["max_passage_chars"], wanted["max_document_mb"])
+    records = distinct_passages(root, wanted["documents"], kept, documents_before, *limits)
     vectors, embedded = embed(records, known, model, source, index_dir, device)
     known.clear()  # a million vectors are 1.5 GB: none is to be held twice while FAISS makes its own copy
     commit(index_dir, wanted, records, vectors, backups)
@@ -828,6 +832,7 @@ def main(argv: list[str] | None = None) -> int:
         wanted = {
             "documents_root": str(options.documents_root.resolve()),
             "max_passage_chars": config.MAX_PASSAGE_CHARS,
+            "max_document_mb": config.MAX_DOCUMENT_MB,
             "scripts": scripts_digest(),
             "faiss_index": config.FAISS_INDEX,
             "documents": document_states(options.documents_root, paths),
@@ -840,7 +845,7 @@ def main(argv: list[str] | None = None) -> int:
             return 1 if reasons else 0
         print("; ".join(reasons), file=sys.stderr)
         with locked(index_dir):
-            counts = build(index_dir, wanted, source, config.MAX_DOCUMENT_MB, config.INDEX_BACKUPS, config.DEVICE)
+            counts = build(index_dir, wanted, source, config.INDEX_BACKUPS, config.DEVICE)
     seconds = time.perf_counter() - started
     print(f"{len(paths)} documents, {counts[0]} distinct passages, {counts[1]} embedded; {config.duration(seconds)}")
     print(f'wrote {index_dir}; next: python semantic_search.py "your question"')

@@ -1104,8 +1104,8 @@ def check_model(folder: Path) -> Path:
     from safetensors import SafetensorError, safe_open
 
     weights = []
-    for part in [folder, *sorted(folder.glob("[0-9]_*/"))]:  # the body, and modules such as 2_Dense
-        weights += (own := sorted(part.glob("*.safetensors")))
+    for part in (folder, *module_folders(folder)):
+        weights += (own := sorted(part.glob("*.safetensors" if part == folder else "model.safetensors")))
         pickled = sorted(path for kind in ("*.bin", "*.pt", "*.pth", "*.pkl") for path in part.glob(kind))
         if not own and (pickled or part == folder):
             reason = f"only {pickled[0].name}, a pickle that could run any code" if pickled else "no *.safetensors"
@@ -1124,21 +1124,32 @@ def check_model(folder: Path) -> Path:
     return folder
 
 
+def module_folders(folder: Path) -> list[Path]:
+    """Return the folders of a Sentence Transformers model's modules behind the body, such as 1_Pooling."""
+    try:
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        return [folder / module["path"] for module in modules if module["path"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / 'modules.json'} is damaged; copy or download the model again") from None
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Sentence Transformers keeps the window in the first of these up to its version 5, in the second from 6 on.
+WINDOW_FILES = ("sentence_bert_config.json", "tokenizer_config.json")
 
 
 def load_tokenizer(folder: Path):
     """Return the model's tokenizers.Tokenizer, cutting at its window, and the window in tokens."""
     from tokenizers import Tokenizer
 
-    # Sentence Transformers keeps the window in the first of these up to its version 5, in the second from 6 on.
-    for name, key in (
-        ("sentence_bert_config.json", "max_seq_length"),
-        ("tokenizer_config.json", "model_max_length"),
-        ("config.json", "max_position_embeddings"),
-    ):
+    keys = ("max_seq_length", "model_max_length", "max_position_embeddings")
+    for name, key in zip((*WINDOW_FILES, "config.json"), keys, strict=True):
         settings = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else {}
         if 0 < (window := settings.get(key) or 0) < 100_000:
             break

@@ -48,6 +48,7 @@ import config
 from config import UserError, duration, remove, replacing, restore_previous, sync
 from prepare_finetuning_data import (
     CHART_COLOURS,
+    WINDOW_FILES,
     CorpusPassage,
     Pair,
     Query,
@@ -57,6 +58,7 @@ from prepare_finetuning_data import (
     fold,
     language,
     load_tokenizer,
+    module_folders,
     read_corpus,
     read_pairs,
     read_queries,
@@ -408,7 +410,7 @@ fold_word = functools.lru_cache(maxsize=1 << 17)(fold)
 
 def words_and_names(text: str) -> Iterator[tuple[str, str, list[str]]]:
     """Yield each word or name of a text as it stands, the folded name ("" for a plain word), and its folded words."""
-    for match in WORD_OR_NAME.finditer(ENDING.sub("", text)):
+    for match in WORD_OR_NAME.finditer(ENDING.sub(lambda ending: " " * len(ending[0]), text)):  # places stay the same
         parts = [fold_word(part) for part in WORD_PART.findall(CAMEL.sub(" ", match[0]))]
         is_name = len(parts) > 1 or match[0][0] in "*."
         yield match[0], re.sub(r"[\W_]+", "-", fold_word(match[0])) if is_name else "", parts
@@ -508,11 +510,17 @@ def query_words(database: sqlite3.Connection, query: str) -> list[QueryWord]:
 
 
 def stem_or_beginning(database: sqlite3.Connection, word: str) -> tuple[str, str, int]:
-    """Return the stem of a word, or a letter less where the index lacks it ("linux" of "linuxta"); kind; holders."""
+    """Return what a word is looked up by, its kind, and how many passages hold it.
+
+    A short word is shorter than a stem with its ending, so that whatever begins with it counts ("görevi" for "görev");
+    of three letters, where the index lacks the word itself. Where it lacks the stem of a longer one, a letter less has
+    to do ("linux" of "linuxta").
+    """
     stem = word[:PREFIX_LETTERS]
     holders = passages_with(database, stem, stem)
-    if not holders and len(stem) >= PREFIX_LETTERS - 1:
-        beginning = stem[:-1]
+    beginnings = [stem] * (len(word) in (4, 5) or (len(word) == 3 and not holders))
+    beginnings += [stem[:-1]] * (len(stem) >= PREFIX_LETTERS - 1 and not holders)
+    for beginning in beginnings:
         if longer := passages_with(database, beginning, beginning + "\U0010ffff"):
             return beginning, "beginning", longer
     return stem, "stem", holders
@@ -1189,6 +1197,11 @@ class Encoder:
             self.tokenizer, self.window = load_tokenizer(folder)
             self.session = onnxruntime.InferenceSession(str(folder / "onnx" / "model.onnx"), settings)
             body = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            inputs, outputs = (
+                {one.name for one in end} for end in (self.session.get_inputs(), self.session.get_outputs())
+            )
+            if inputs != {"input_ids", "attention_mask"} or outputs != {"sentence_embedding"}:
+                raise ValueError("its onnx/model.onnx is another pipeline")
         except Exception as error:  # onnxruntime and tokenizers raise bare Exceptions
             reason = str(error).splitlines()[0]
             raise UserError(f"{folder} can not be loaded ({reason}); run run_finetuning.py again") from None
@@ -1230,9 +1243,10 @@ def batches_of_similar_length(lengths: np.ndarray, batch_tokens: int) -> Iterato
 def model_fingerprint(folder: Path) -> str:
     """Return the SHA-256 over weights, tokenizer and configuration: what decides a text's embedding."""
     digest = hashlib.sha256()
-    names = ("*.safetensors", "tokenizer.json", "config.json", "modules.json", "onnx/model.onnx")
-    modules = ("[0-9]_*/config.json", "[0-9]_*/*.safetensors")
-    for path in sorted(path for name in names + modules for path in folder.glob(name)):
+    names = ("*.safetensors", "modules.json", "config.json", "tokenizer.json", *WINDOW_FILES, "onnx/model.onnx")
+    paths = {path for name in names for path in folder.glob(name)}
+    paths |= {path for module in module_folders(folder) for path in module.glob("*") if path.is_file()}
+    for path in sorted(paths):
         digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
     return digest.hexdigest()
 

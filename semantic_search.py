@@ -70,7 +70,7 @@ from run_finetuning import (
 
 MODES = ("semantic", "keyword", "hybrid", "task")
 MAX_QUERY_CHARS = 20_000
-MAX_NEEDS = 16  # pieces that a long task description is searched in
+MAX_NEEDS = 32  # pieces that a long task description is searched in
 JUDGED = 5  # the first results, which decide whether anything relevant was found
 
 # ---------------------------------------------------------------------------------------- scores of passages
@@ -295,20 +295,24 @@ def assist(index: Index, task: str, request: Request) -> dict:
         ranking = {place: whole.ranking.get(place, floor) + score / 2 for place, score in best.items()}
     results = make_results(index, without(ranking, own_places), by_need, request)
     covered = [covered_by(index, without(scored.ranking, own_places), scored, request) for scored in by_need]
-    documents: dict[str, dict] = {}
-    for result in results:
-        one = documents.setdefault(
-            result["source_file"], {"source_file": result["source_file"], "needs": [], "results": []}
-        )
-        one["needs"] = sorted({*one["needs"], *result["needs"]})
-        one["results"].append(result["rank"])
     return {
         "relevant": is_relevant(results, request) or any(covered),
         "entry": entry,
         "needs": [{"text": need, "covered_by": places} for need, places in zip(needs, covered, strict=True)],
-        "documents": list(documents.values()),
+        "documents": by_document(results),
         "results": results,
     }
+
+
+def by_document(results: list[dict]) -> list[dict]:
+    """Return the documents of a task's results, best first, with the needs they cover and their results' ranks."""
+    documents: dict[str, dict] = {}
+    for result in results:
+        name = result["source_file"]
+        one = documents.setdefault(name, {"source_file": name, "needs": [], "results": []})
+        one["needs"] = sorted({*one["needs"], *result["needs"]})
+        one["results"].append(result["rank"])
+    return list(documents.values())
 
 
 def without(ranking: dict[int, float], places: set[int]) -> dict[int, float]:
@@ -324,6 +328,10 @@ def split_needs(task: str) -> list[str]:
                 pieces[-1] += " " + sentence
             else:
                 pieces.append(sentence)
+    if len(pieces) > MAX_NEEDS:
+        warn(
+            f"only the first {MAX_NEEDS} of the task's {len(pieces)} needs are searched; give the others by themselves"
+        )
     return pieces[:MAX_NEEDS] or [task]
 
 
@@ -503,7 +511,9 @@ def excerpt(text: str, words: list[QueryWord], room: int) -> str:
     for sentence in sentences(text)[:-1]:
         starts.append(text.index(sentence, starts[-1]) + len(sentence) + 1)
     start = max(starts, key=lambda one: (sum(one <= begin and end <= one + room for begin, end in spans), -one))
-    return "… " * (start > 0) + textwrap.shorten(text[start:], room, placeholder=" …")
+    kept = text[start : start + room - 4]
+    kept = kept.rpartition(" ")[0] or kept  # a text without spaces is cut anywhere
+    return "… " * (start > 0) + kept + " …"
 
 
 def print_result(console, index: Index, result: dict, words: list[QueryWord]) -> None:
@@ -600,6 +610,8 @@ def compare(index: Index, other: Index, query: str, request: Request) -> dict:
         one["results"] = [
             result | {"other_rank": others.get(result["id"])} for result in one["results"][: request.top_k]
         ]
+    if "documents" in answer:
+        answer["documents"] = by_document(answer["results"])
     return answer | {
         "other": {"index_dir": str(other.folder), "relevant": second["relevant"], "results": second["results"]}
     }
@@ -625,6 +637,8 @@ def print_comparison(console, index: Index, answer: dict, words: list[QueryWord]
     for row in itertools.zip_longest(*columns, fillvalue=Text("")):
         table.add_row(*row)
     console.print(table)
+    if not answer["relevant"]:
+        print("nothing relevant found on the left")
     same = sum((result["other_rank"] or math.inf) <= len(columns[1]) for result in answer["results"])
     print(
         f"{same} in both lists, {len(columns[0]) - same} only on the left, {len(columns[1]) - same} only on the right"

@@ -112,7 +112,7 @@ def test_the_exit_code_tells_what_happened(code, status, line):
 
 def test_a_mistake_of_the_program_shows_its_traceback():
     done = run_main("return {}['key']")
-    assert done.returncode == 1 and "KeyError" in done.stderr
+    assert done.returncode == 2 and "KeyError" in done.stderr, "1 would say that a search found nothing"
 
 
 def test_a_folder_that_may_not_be_written_is_one_line(project, tmp_path):

@@ -85,7 +85,7 @@ def test_metadata_keeps_its_contract(built):
     first, _, body = content.partition(b"\n")
     whole = json.loads(content)
     assert whole["checksum"] == hashlib.sha256(body).hexdigest() and whole["checksum"].encode() in first
-    assert whole["format"] == 2 and whole["dimensions"] == 32
+    assert whole["format"] == generate_embeddings.FORMAT and whole["dimensions"] == 32
     assert whole["passage_count"] == len(whole["passages"]) == content.count(b'"start_line"')
     assert len(content.splitlines()) == 2 + len(whole["passages"]) + 1
     assert whole["documents_root"] == str(built.project.resolve())
@@ -422,9 +422,43 @@ def test_json_that_is_no_metadata_is_one_line_and_exit_code_2(built, content):
     assert built.search("bütçe", "keyword")[0] == 0
 
 
+def test_a_document_skipped_for_its_size_is_indexed_once_the_limit_is_raised(built, monkeypatch):
+    large = built.project / "large.md"
+    large.write_text("# Büyük\n\n" + "Zürafalar uzun boyunludur.\n\n" * 300, encoding="utf-8")
+    monkeypatch.setattr(config, "MAX_DOCUMENT_MB", large.stat().st_size / 2e6)
+    assert built.build()[0] == 0 and not built.search("zürafalar", "keyword")[1]
+    monkeypatch.setattr(config, "MAX_DOCUMENT_MB", 20)
+    status, printed = built.build()
+    assert status == 0 and "config.MAX_DOCUMENT_MB changed" in printed.err
+    assert built.search("zürafalar", "keyword")[1][0]["source_file"] == "large.md"
+
+
+def test_a_model_with_an_onnx_file_of_its_publishers_gets_one_of_ours(built, tiny_model, tmp_path):
+    import torch
+
+    class Body(torch.nn.Module):
+        def forward(self, input_ids, attention_mask):
+            return (input_ids * attention_mask).float()
+
+    folder = shutil.copytree(tiny_model, tmp_path / "published")
+    (folder / "onnx").mkdir()
+    ones = torch.ones((1, 4), dtype=torch.int64)
+    torch.onnx.export(
+        Body(),
+        (ones, ones),
+        str(folder / "onnx" / "model.onnx"),
+        input_names=["input_ids", "attention_mask"],
+        output_names=["last_hidden_state"],
+        dynamo=False,
+    )
+    assert built.build("--model", folder)[0] == 0
+    assert list(built.index.glob("encoder-*"))
+    assert built.search("bütçe", "semantic")[0] == 0
+
+
 def test_an_index_of_another_format_version_is_built_anew(built):
     path = built.index / "metadata.json"
-    path.write_bytes(path.read_bytes().replace(b'"format": 2', b'"format": 0'))
+    path.write_bytes(path.read_bytes().replace(b'"format": 3', b'"format": 0'))
     status, line = built.search("bütçe", "keyword")
     assert status == 2 and "format 0" in line and COMMAND.search(line)
     assert built.build()[0] == 0

@@ -1,6 +1,7 @@
 """Finding a model: packaged, a folder, the hub's cache; and refusing what is broken or unsafe."""
 
 import hashlib
+import json
 import os
 import pickle
 import shutil
@@ -18,6 +19,7 @@ import generate_embeddings
 import prepare_finetuning_data as prepare
 from config import UserError
 from prepare_finetuning_data import check_model, find_model, load_tokenizer, packaged_model, sha256_of
+from run_finetuning import model_fingerprint
 
 NAME = "some-team/some-model"
 UNREACHABLE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": ""}
@@ -101,13 +103,29 @@ def test_pickled_weights_are_refused_and_never_loaded(chain, tmp_path, script):
     assert (tmp_path / "exploded").exists(), "the pickle would have done it"
 
 
-def test_a_module_of_a_model_with_pickled_weights_is_refused(tiny_model, tmp_path):
+@pytest.mark.parametrize("beside", [None, "decoy.safetensors"])
+def test_a_module_of_a_model_with_pickled_weights_is_refused(tiny_model, tmp_path, beside):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
-    (folder / "2_Dense").mkdir()
-    (folder / "2_Dense" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
-    with pytest.raises(UserError, match=r"2_Dense holds only pytorch_model\.bin"):
+    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    head = {"idx": 9, "name": "9", "path": "head", "type": "sentence_transformers.models.Dense"}
+    (folder / "modules.json").write_text(json.dumps([*modules, head]), encoding="utf-8")
+    (folder / "head").mkdir()
+    (folder / "head" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    if beside:
+        shutil.copy(folder / "model.safetensors", folder / "head" / beside)
+    with pytest.raises(UserError, match=r"head holds only pytorch_model\.bin"):
         check_model(folder)
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("name", ["sentence_bert_config.json", "tokenizer_config.json", "1_Pooling/config.json"])
+def test_whatever_changes_the_vectors_changes_the_fingerprint(tiny_model, tmp_path, name):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    if not (folder / name).exists():
+        pytest.skip(f"this version of Sentence Transformers writes no {name}")
+    before = model_fingerprint(folder)
+    (folder / name).write_text((folder / name).read_text(encoding="utf-8") + " ", encoding="utf-8")
+    assert model_fingerprint(folder) != before
 
 
 def test_pickled_weights_beside_safetensors_are_not_loaded(tiny_model, tmp_path):

@@ -266,6 +266,36 @@ def test_a_word_whose_ending_stands_in_its_first_letters_is_found(ask):
     assert "bearer token" in ask("tokenda", "keyword")[1][0]["text"]
 
 
+def test_a_short_word_finds_its_forms_and_comes_first_itself(index_of):
+    texts = {"a.md": "# A\n\nTestler yarın yapılır.\n", "b.md": "# B\n\nSavaşı kaybettiler.\n"}
+    index = index_of(texts | {"c.md": "# C\n\nBir savaş çıktı, ama kimse bilmiyor.\n"})
+    for query, wanted in (("test", ["a.md"]), ("savaş", ["c.md", "b.md"]), ("savas", ["c.md", "b.md"])):
+        results = semantic_search.search(index, query, Request("keyword", 5))["results"]
+        assert [result["source_file"] for result in results] == wanted
+
+
+def test_names_with_an_ending_before_a_stroke_are_marked_where_they_stand(index_of, capsys):
+    text = "# Ayar\n\nAPI'nin/REST'in adresi ayar dosyasındadır; O'nyong-nyong adresi de oradadır.\n"
+    index = index_of({"a.md": text})
+    options = ["--mode", "keyword", "--min-relevance", "0", "--index-dir", index.folder, "adres ayar dosyası"]
+    assert exit_status(semantic_search.main, options) == 0
+    assert "API'nin/REST'in adresi" in capsys.readouterr().out
+    (word,) = (word for word in semantic_search.query_words(index.keywords, "adresi"))
+    assert [text[slice(*span)] for span in semantic_search.matches([word], text)] == ["adresi", "adresi"]
+
+
+def test_a_long_text_without_spaces_is_cut_anywhere():
+    shown = semantic_search.excerpt("漏水" * 400, [], 60)
+    assert shown.startswith("漏水漏水") and 50 <= len(shown) <= 60
+    assert semantic_search.excerpt("bir iki " * 100, [], 30) == "bir iki bir iki bir iki …"
+
+
+def test_a_task_with_more_needs_than_are_searched_says_so(chain, capsys):
+    task = " ".join(f"Bütçe için {number}. belge hazırlanır." for number in range(semantic_search.MAX_NEEDS + 1))
+    assert exit_status(semantic_search.main, ["--mode", "task", "--json", "--index-dir", chain.index, task]) in (0, 1)
+    assert f"only the first {semantic_search.MAX_NEEDS} of" in capsys.readouterr().err
+
+
 def test_whole_words_rank_above_words_with_the_same_beginning(index_of):
     index = index_of({"a.md": "# A\n\nKutular planlamaya alındı.\n", "b.md": "# B\n\nKutular planlama ile alındı.\n"})
     results = semantic_search.search(index, "planlama", Request("keyword", 5))["results"]
