@@ -35,6 +35,7 @@ import argparse
 import atexit
 import contextlib
 import functools
+import heapq
 import itertools
 import json
 import math
@@ -45,6 +46,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,6 +73,7 @@ from run_finetuning import (
 MODES = ("semantic", "keyword", "hybrid", "task")
 MAX_QUERY_CHARS = 20_000
 MAX_NEEDS = 32  # pieces that a long task description is searched in
+COPIES_AMONG = 50  # how many more of the best passages are looked through for copies of those shown
 JUDGED = 5  # the first results, which decide whether anything relevant was found
 
 # ---------------------------------------------------------------------------------------- scores of passages
@@ -114,13 +117,14 @@ def can_embed(index: Index) -> bool:
 def score_passages(index: Index, query: str, request: Request) -> Scored:
     """Score the best passages of each arm that the mode uses; without a model, hybrid search goes by words alone."""
     count = min(max(CANDIDATES, 2 * request.top_k), len(index.passages))
-    words = query_words(index.keywords, query)
-    bm25 = keyword_scores(index.keywords, query, count)
-    if request.mode == "keyword":
-        return Scored(words, {}, bm25, bm25, {}, 0.0)
-    if request.mode != "semantic" and not can_embed(index):
-        return Scored(words, {}, bm25, standard_scores(bm25), {}, 0.0)
-    vector = index.encoder.encode([query])
+    embeds = request.mode == "semantic" or (request.mode != "keyword" and can_embed(index))
+    with ThreadPoolExecutor(1) as pool:  # SQLite and the encoder work at the same time
+        embedding = pool.submit(index.encoder.encode, [query]) if embeds else None
+        words = query_words(index.keywords, query)
+        bm25 = keyword_scores(index.keywords, query, count)
+    if embedding is None:
+        return Scored(words, {}, bm25, bm25 if request.mode == "keyword" else standard_scores(bm25), {}, 0.0)
+    vector = embedding.result()
     scores, places = index.vectors.search(vector, count)
     cosines = {int(place): float(score) for place, score in zip(places[0], scores[0], strict=True) if place >= 0}
     lost = [place for place in bm25 if place not in cosines and request.mode != "semantic"]
@@ -196,7 +200,8 @@ def make_results(index: Index, ranking: dict[int, float], searches: list[Scored]
     """Return the top_k distinct passages of a ranking; copies and near-copies are named by the best of them."""
     results: dict[str, dict] = {}
     word_sets: list[tuple[dict, set[str]]] = []
-    for place, score in sorted(ranking.items(), key=lambda item: (-item[1], item[0])):
+    best = heapq.nsmallest(2 * request.top_k + COPIES_AMONG, ranking.items(), key=lambda item: (-item[1], item[0]))
+    for place, score in best:
         passage = index.passages[place]
         text = passage["text"]
         if text in results:
