@@ -1387,6 +1387,7 @@ def decide(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, kept_base: bool
         worse = result["comparison"]
         print_comparison(worse, options.quiet, "the fine-tuned model searches worse, so the base is kept:")
         result = judge(judged, base, base, True, options) | {"rejected": worse}
+        result |= {"alpha": 0.0, "spread": False, "letters_read_plainly": []}
     return result
 
 
@@ -1458,8 +1459,10 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(base_folder, config.DEVICE)
     print(f"searching {len(judged.passages):,} passages for {len(judged.queries)} held-out queries", file=sys.stderr)
     base = judged.similarities(model) if is_first_process() else None
-    watching_share = 9 * len(watched.passages) / max(1, len(judged.passages))  # 4 looks, 5 mixtures of weights
-    budget_seconds = config.MAX_TRAINING_MINUTES * 60 - (2 + watching_share) * (time.perf_counter() - started)
+    elapsed = time.perf_counter() - started  # for the base; the tuned one, 4 looks and 5 mixtures of weights follow
+    evaluation_seconds = elapsed * (1 + 9 * len(watched.passages) / max(1, len(judged.passages)))
+    print(f"evaluation will take about {duration(evaluation_seconds)}, besides the training:", file=sys.stderr)
+    budget_seconds = config.MAX_TRAINING_MINUTES * 60 - elapsed - evaluation_seconds
     evaluation = fine_tune(model, pairs, watched, planned, budget_seconds, identity, options)
     if not is_first_process():
         return
@@ -1468,7 +1471,6 @@ def main(argv: list[str] | None = None) -> None:
     result = decide(judged, base, tuned, kept_base, options)
     if result["rejected"]:
         model = load_model(base_folder, config.DEVICE)
-        evaluation |= {"alpha": 0.0, "spread": False, "letters_read_plainly": []}
     evaluation |= result | {
         "base": {"wanted": wanted, "used": "packaged" if note else wanted, "note": note},
         "data": read_json(options.data_dir / "data_report.json"),
