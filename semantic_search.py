@@ -515,10 +515,13 @@ def excerpt(text: str, words: list[QueryWord], room: int) -> str:
     starts = [0]
     for sentence in sentences(text)[:-1]:
         starts.append(text.index(sentence, starts[-1]) + len(sentence) + 1)
-    start = max(starts, key=lambda one: (sum(one <= begin and end <= one + room for begin, end in spans), -one))
-    kept = text[start : start + room - 4]
-    kept = kept.rpartition(" ")[0] or kept  # a text without spaces is cut anywhere
-    return "… " * (start > 0) + kept + " …"
+    start = max(starts, key=lambda one: (sum(one <= begin and end <= one + room - 4 for begin, end in spans), -one))
+    shown = "… " * (start > 0) + text[start:]
+    if len(shown) <= room:
+        return shown
+    kept = shown[: room - 2]
+    words_kept = kept.rpartition(" ")[0]
+    return (words_kept if words_kept.strip("… ") else kept) + " …"  # a text without spaces is cut anywhere
 
 
 def print_result(console, index: Index, result: dict, words: list[QueryWord]) -> None:

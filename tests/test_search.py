@@ -287,7 +287,14 @@ def test_names_with_an_ending_before_a_stroke_are_marked_where_they_stand(index_
 def test_a_long_text_without_spaces_is_cut_anywhere():
     shown = semantic_search.excerpt("漏水" * 400, [], 60)
     assert shown.startswith("漏水漏水") and 50 <= len(shown) <= 60
-    assert semantic_search.excerpt("bir iki " * 100, [], 30) == "bir iki bir iki bir iki …"
+    assert semantic_search.excerpt("bir iki " * 100, [], 30) == "bir iki bir iki bir iki bir …"
+
+
+def test_an_excerpt_from_the_end_of_a_text_keeps_its_last_word(index_of):
+    index = index_of({"a.md": "# A\n\nZürafalar uzundur.\n"})
+    words = semantic_search.query_words(index.keywords, "zürafalar")
+    text = "Bir iki üç dört. " * 10 + "Zürafalar uzundur."
+    assert semantic_search.excerpt(text, words, 60) == "… Bir iki üç dört. Bir iki üç dört. Zürafalar uzundur."
 
 
 def test_a_task_with_more_needs_than_are_searched_says_so(chain, capsys):
