@@ -18,14 +18,14 @@ Only passages that are new are embedded; the others keep their vectors. Files wr
     metadata-<id>.json       an earlier index kept as a backup, with its two files (config.INDEX_BACKUPS)
     encoder-<fingerprint>/   the ONNX form of a model whose own folder has none (a base model)
 
-metadata.json: {"checksum": SHA-256 of all lines below the first, "format": 3, "id", "created", "documents_root",
-"max_passage_chars", "max_document_mb", "scripts": SHA-256 of the code that cuts passages and words, "faiss_index":
-config.FAISS_INDEX, "documents": {source_file: state}, "model": {"name", "fingerprint", "folder" relative to the index,
-"files": {name: state}}, "search": {"semantic_weight"} (as the model's evaluation.json has it, or {}), "passage_count",
-"dimensions", "keeps_vectors": whether the FAISS index gives vectors back exactly, "files": {"embeddings" or "keywords":
-[name, bytes, SHA-256]}, "passages": [{"id", "source_file", "also_in": [other files with the same text], "heading":
-[path], "chunk_index", "start_line", "end_line", "text", "hash"}, one a line]}; a state is [bytes, modified in ns,
-SHA-256].
+metadata.json: {"checksum": SHA-256 of all lines below the first, "format": 4, "id", "created", "documents_root",
+"globs", "max_passage_chars", "max_document_mb", "scripts": SHA-256 of the code that cuts passages and words,
+"faiss_index": config.FAISS_INDEX, "documents": {source_file: state}, "model": {"name", "fingerprint", "folder" relative
+to the index, "files": {name: state}}, "search": {"semantic_weight"} (as the model's evaluation.json has it, or {}),
+"passage_count", "dimensions", "keeps_vectors": whether the FAISS index gives vectors back exactly, "files":
+{"embeddings" or "keywords": [name, bytes, SHA-256]}, "passages": [{"id", "source_file", "also_in": [other files with
+the same text], "heading": [path], "chunk_index", "start_line", "end_line", "text", "hash"}, one a line]}; a state is
+[bytes, modified in ns, SHA-256].
 
 torchrun --nproc-per-node N generate_embeddings.py spreads the embedding over N processes; rank 0 does all the rest.
 """
@@ -61,13 +61,14 @@ from prepare_finetuning_data import (
     cut_passages,
     find_documents,
     find_model,
+    is_document,
     read_document,
     sha256_of,
     text_for_model,
 )
 from run_finetuning import Encoder, load_model, model_fingerprint, processes, read_json, save_with_onnx, write_keywords
 
-FORMAT = 3
+FORMAT = 4
 METADATA = "metadata.json"
 
 # ----------------------------------------------------------------------------------------- the passages
@@ -685,11 +686,13 @@ class Index:
         return self.open_part("encoder", lambda folder: load_encoder(self.header["model"], folder))
 
     def changed_documents(self) -> list[str]:
-        """Return the documents that are gone or not as they were; none where the index is used without them."""
-        root = Path(self.header["documents_root"])
+        """Return the documents that are new, gone or not as they were; none where the index is used without them."""
+        root, known = Path(self.header["documents_root"]), self.header["documents"]
         if not root.is_dir():
             return []
-        return [name for name, state in self.header["documents"].items() if file_changed(root / name, state)]
+        found = {path.relative_to(root).as_posix() for glob in self.header["globs"] for path in root.glob(glob)}
+        added = [name for name in sorted(found - known.keys()) if is_document(root / name, root)]
+        return added + [name for name, state in known.items() if file_changed(root / name, state)]
 
 
 def load_index(index_dir: Path) -> Index:
@@ -751,8 +754,9 @@ def reasons_to_build(index_dir: Path, wanted: dict) -> list[str]:
         found.append("the model changed")
     elif not encoder_is_whole(index_dir / before["model"]["folder"], before["model"]):
         found.append("the model's ONNX form is gone or changed")
-    if before["search"] != wanted["search"]:
-        found.append("the weights fitted for the search changed")
+    for key, words in (("search", "the weights fitted for the search"), ("globs", "the globs of the documents")):
+        if before[key] != wanted[key]:
+            found.append(f"{words} changed")
     old, new = before["documents"], wanted["documents"]
     for words, names in (
         ("added", [name for name in new if name not in old]),
@@ -825,12 +829,14 @@ def main(argv: list[str] | None = None) -> int:
         if rank:
             encode_for_rank_0(config.DEVICE)
             return 0
-        paths = find_documents(options.documents_root, options.documents or config.TARGET_DOCUMENTS)
+        globs = options.documents or config.TARGET_DOCUMENTS
+        paths = find_documents(options.documents_root, globs)
         if not options.check:
             restore_previous(Path(options.model))
         source, _ = find_model(options.model, config.BASE_MODEL_REVISION, fallback=False)
         wanted = {
             "documents_root": str(options.documents_root.resolve()),
+            "globs": [glob.lstrip("/") for glob in globs],
             "max_passage_chars": config.MAX_PASSAGE_CHARS,
             "max_document_mb": config.MAX_DOCUMENT_MB,
             "scripts": scripts_digest(),

@@ -75,13 +75,17 @@ def find_documents(documents_root: Path, patterns: list[str]) -> list[Path]:
             found_now = list(root.glob(relative))
         except ValueError as error:
             raise UserError(f"--documents {pattern!r}: {error}") from None
-        matches = {path for path in found_now if path.is_file() and path.resolve().is_relative_to(root)}
+        matches = {path for path in found_now if is_document(path, root)}
         if not matches:
             warn(f"no document matches {pattern!r} in {documents_root} (config.TARGET_DOCUMENTS or --documents)")
         found |= matches
     if not found:
         raise UserError(f"no documents in {documents_root}; set TARGET_DOCUMENTS in config.py or give --documents")
     return sorted(found)
+
+
+def is_document(path: Path, root: Path) -> bool:
+    return path.is_file() and path.resolve().is_relative_to(root)
 
 
 def read_document(path: Path, max_mb: float) -> str | None:

@@ -828,7 +828,8 @@ def main(argv: list[str] | None = None) -> int:
         options.mode, options.top_k, config.SEMANTIC_WEIGHT, options.min_relevance, options.context, options.explain
     )
     if changed := index.changed_documents():
-        warn(f"{options.index_dir} is older than {len(changed)} of its documents; run generate_embeddings.py")
+        names = ", ".join(changed[:3]) + ", …" * (len(changed) > 3)
+        warn(f"{options.index_dir} is older than {len(changed)} of its documents ({names}); run generate_embeddings.py")
     piped = (line.decode(errors="replace").rstrip("\r\n") for line in sys.stdin.buffer)
     if options.html:
         queries = [" ".join(options.query)] if options.query or sys.stdin.isatty() else piped

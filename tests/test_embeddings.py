@@ -230,6 +230,20 @@ def test_a_search_says_in_one_line_that_documents_have_changed_since(built, caps
     assert "older than 2 of its documents" in line and COMMAND.search(line)
 
 
+def test_a_search_says_that_documents_were_added_where_the_index_looks_for_them(built, tmp_path, capsys):
+    arguments = ["--json", "--mode", "keyword", "--index-dir", str(built.index), "bütçe"]
+    write_documents(built.project, {"Yeni/çok yeni.md": "# Yeni\n\nYeni bir belge.\n", "Yeni/image.svg": "<svg/>"})
+    write_documents(tmp_path, {"outside.md": "# Outside\n\nNot of the project.\n"})
+    (built.project / "Yeni" / "link.md").symlink_to(tmp_path / "outside.md")
+    assert exit_status(semantic_search.main, arguments) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "older than 1 of its documents (Yeni/çok yeni.md)" in line and COMMAND.search(line)
+    assert built.build()[0] == 0
+    capsys.readouterr()
+    assert exit_status(semantic_search.main, arguments) == 0
+    assert capsys.readouterr().err == ""
+
+
 # ---------------------------------------------------------------------------------------------- FAISS indexes
 
 
@@ -458,7 +472,7 @@ def test_a_model_with_an_onnx_file_of_its_publishers_gets_one_of_ours(built, tin
 
 def test_an_index_of_another_format_version_is_built_anew(built):
     path = built.index / "metadata.json"
-    path.write_bytes(path.read_bytes().replace(b'"format": 3', b'"format": 0'))
+    path.write_bytes(path.read_bytes().replace(b'"format": %d' % generate_embeddings.FORMAT, b'"format": 0'))
     status, line = built.search("bütçe", "keyword")
     assert status == 2 and "format 0" in line and COMMAND.search(line)
     assert built.build()[0] == 0
