@@ -731,6 +731,17 @@ def scripts_digest() -> str:
     return "".join(sha256_of(here / name)[:16] for name in ("prepare_finetuning_data.py", "run_finetuning.py"))
 
 
+def current_state(documents_root: Path, paths: list[Path], name: str, source: Path) -> dict:
+    """Return what the header of metadata.json says of documents, scripts and model; name: of the model in `source`."""
+    return {
+        "documents_root": str(documents_root.resolve()),
+        "documents": document_states(documents_root, paths),
+        "scripts": scripts_digest(),
+        "model": {"name": name, "fingerprint": model_fingerprint(source)},
+        "search": read_json(source / "evaluation.json").get("search", {}),
+    }
+
+
 REBUILT_FOR = {
     "documents_root": "the documents root",
     "max_passage_chars": "config.MAX_PASSAGE_CHARS",
@@ -835,15 +846,11 @@ def main(argv: list[str] | None = None) -> int:
             restore_previous(Path(options.model))
         source, _ = find_model(options.model, config.BASE_MODEL_REVISION, fallback=False)
         wanted = {
-            "documents_root": str(options.documents_root.resolve()),
             "globs": [glob.lstrip("/") for glob in globs],
             "max_passage_chars": config.MAX_PASSAGE_CHARS,
             "max_document_mb": config.MAX_DOCUMENT_MB,
-            "scripts": scripts_digest(),
             "faiss_index": config.FAISS_INDEX,
-            "documents": document_states(options.documents_root, paths),
-            "model": {"name": options.model, "fingerprint": model_fingerprint(source)},
-            "search": read_json(source / "evaluation.json").get("search", {}),
+            **current_state(options.documents_root, paths, options.model, source),
         }
         reasons = reasons_to_build(index_dir, wanted)
         if options.check or not reasons:

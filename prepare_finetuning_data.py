@@ -730,10 +730,13 @@ def make_queries(
                     asked.add(fold(query))
                     asked_shingles |= own
                     break
-    corpus = ((in_corpus.get(passage, passage.model_text), passage.source_file) for passage in distinct)
-    return queries, [
-        CorpusPassage(" ".join(text.split()), source_file) for text, source_file in corpus if text is not None
-    ]
+    return queries, make_corpus(distinct, in_corpus)
+
+
+def make_corpus(distinct: list[Passage], instead: dict[Passage, str | None]) -> list[CorpusPassage]:
+    """Return what a model reads of each passage, or the text to take instead of it; a passage with None is left out."""
+    texts = ((instead.get(passage, passage.model_text), passage.source_file) for passage in distinct)
+    return [CorpusPassage(" ".join(text.split()), source_file) for text, source_file in texts if text is not None]
 
 
 Holders = dict[str, list[Passage]]

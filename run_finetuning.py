@@ -1270,6 +1270,17 @@ def plan_steps(rows: int, seconds: float, budget_seconds: float, options: argpar
     return steps
 
 
+def training_budget(elapsed: float, watched: HeldOut, judged: HeldOut, max_minutes: float) -> float:
+    """Return the seconds that the evaluation leaves for the training; elapsed: those that searching the base took.
+
+    What follows is the search with the tuned model, four looks at the watched queries, and five mixtures of weights.
+    """
+    evaluation_seconds = elapsed * (1 + 9 * len(watched.passages) / max(1, len(judged.passages)))
+    if is_first_process():
+        print(f"evaluation will take about {duration(evaluation_seconds)}, besides the training:", file=sys.stderr)
+    return max_minutes * 60 - elapsed - evaluation_seconds
+
+
 def run_identity(options: argparse.Namespace, base_folder: Path) -> str:
     """Return a hash of all that a training depends on: an interrupted one goes on only where it is the same."""
     names = ("training_data.tsv", "evaluation_data.tsv", "corpus.tsv")
@@ -1457,12 +1468,12 @@ def main(argv: list[str] | None = None) -> None:
     identity = run_identity(options, base_folder)
     planned = claim_workspace(workspace(options.model_dir), identity, options.fresh) if is_first_process() else 0
     model = load_model(base_folder, config.DEVICE)
-    print(f"searching {len(judged.passages):,} passages for {len(judged.queries)} held-out queries", file=sys.stderr)
+    if is_first_process():
+        print(
+            f"searching {len(judged.passages):,} passages for {len(judged.queries)} held-out queries", file=sys.stderr
+        )
     base = judged.similarities(model) if is_first_process() else None
-    elapsed = time.perf_counter() - started  # for the base; the tuned one, 4 looks and 5 mixtures of weights follow
-    evaluation_seconds = elapsed * (1 + 9 * len(watched.passages) / max(1, len(judged.passages)))
-    print(f"evaluation will take about {duration(evaluation_seconds)}, besides the training:", file=sys.stderr)
-    budget_seconds = config.MAX_TRAINING_MINUTES * 60 - elapsed - evaluation_seconds
+    budget_seconds = training_budget(time.perf_counter() - started, watched, judged, config.MAX_TRAINING_MINUTES)
     evaluation = fine_tune(model, pairs, watched, planned, budget_seconds, identity, options)
     if not is_first_process():
         return
