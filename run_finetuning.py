@@ -355,35 +355,37 @@ def search_figures(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, seed: i
 
     base, tuned: similarities of the judged queries and passages.
     """
-
     if len(judged.queries) < MIN_QUERIES:
         return {}, {}
-    by_weight = {w: gains(judged.ranks(judged.hybrid_matrix(tuned, w)))["nDCG@10"] for w in SEMANTIC_WEIGHTS}
-    weight = fitted_weight({w: values[CHOOSING] for w, values in by_weight.items()})
-    before = gains(judged.ranks(judged.hybrid_matrix(base, weight)))["nDCG@10"][DECIDING]
-    after = by_weight[weight][DECIDING]
-    keyword = float(gains(judged.ranks(judged.keyword_matrix()))["nDCG@10"][DECIDING].mean())
-    return (
-        {
-            "semantic_weight": weight,
-            "nDCG@10_by_weight": {w: float(values[CHOOSING].mean()) for w, values in by_weight.items()},
-        },
-        {
-            "keyword": {"base": keyword, "fine_tuned": keyword},
-            "hybrid": {
-                "base": float(before.mean()),
-                "fine_tuned": float(after.mean()),
-                "interval_95": list(confidence_interval(after - before, seed)),
-            },
-        },
+    by_base, by_words = (gains(judged.ranks(scores))["nDCG@10"] for scores in (base, judged.keyword_matrix()))
+    weight = fitted_weight(judged.queries[CHOOSING], by_base[CHOOSING], by_words[CHOOSING])
+    before, after = (
+        gains(judged.ranks(judged.hybrid_matrix(own, weight)))["nDCG@10"][DECIDING] for own in (base, tuned)
     )
+    keyword = float(by_words[DECIDING].mean())
+    return {"semantic_weight": weight}, {
+        "keyword": {"base": keyword, "fine_tuned": keyword},
+        "hybrid": {
+            "base": float(before.mean()),
+            "fine_tuned": float(after.mean()),
+            "interval_95": list(confidence_interval(after - before, seed)),
+        },
+    }
 
 
-def fitted_weight(by_weight: dict[float, np.ndarray]) -> float:
-    """Return the weight nearest to the built-in one that is_as_good as the best; by_weight: nDCG@10 of each query."""
-    best = max(by_weight.values(), key=lambda values: values.mean())
-    good = [weight for weight, own in by_weight.items() if is_as_good(own, best)]
-    return min(good, key=lambda weight: abs(weight - DEFAULT_SEMANTIC_WEIGHT))
+def fitted_weight(queries: list[Query], by_base: np.ndarray, by_words: np.ndarray) -> float:
+    """Return hybrid search's weight of the meaning; by_base, by_words: each query's nDCG@10 by the base, by keywords.
+
+    The weight that is best for made-up queries is not the one for people's: they repeat their passage's words, which is
+    also what training teaches. How much of what words find the base finds of them, terms aside, tells how well it knows
+    the language, and so what to expect of it for words that the passage does not repeat. MOST_SEMANTIC_WEIGHT times
+    that share came nearest to the best weights for people's questions to six sets of documents.
+    """
+    worded = np.array([query.strategy != "term" for query in queries], dtype=bool)
+    found = by_words[worded].sum()
+    if not found:
+        return DEFAULT_SEMANTIC_WEIGHT
+    return round(MOST_SEMANTIC_WEIGHT * min(1.0, float(by_base[worded].sum() / found)), 2)
 
 
 # ------------------------------------------------------------------- scores by words (SQLite FTS5), and by both
@@ -394,8 +396,8 @@ CAMEL = re.compile(r"(?<=[a-zçğıöşü0-9])(?=[A-ZÇĞİÖŞÜ])")
 ENDING = re.compile(r"(?<=\w)['’][^\W_]+")  # API'nin, don't
 MAX_QUERY_WORDS = 64
 CANDIDATES = 200  # passages that each of the two arms puts up for the hybrid search
-DEFAULT_SEMANTIC_WEIGHT = 0.2  # where none was fitted: on six sets of questions the mean best, and the least lost
-SEMANTIC_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+DEFAULT_SEMANTIC_WEIGHT = 0.3  # where none was fitted
+MOST_SEMANTIC_WEIGHT = 0.75
 MAX_POSTINGS = 20_000  # beyond, a query's commonest words are left out: they tell least and take nearly all the time
 PREFIX_LETTERS = 6  # Turkish hangs its endings on the stem: the first letters are nearly always the stem
 FUNCTION_WORDS = """
@@ -477,6 +479,11 @@ class QueryWord(NamedTuple):
             return any(stem.startswith(self.term) for stem in stems)
         return self.term in (exact if self.kind == "name" else stems)
 
+    def is_nearly_in(self, exact: set[str], stems: set[str]) -> bool:
+        """Tell the same, or whether it holds a word that differs at the stem's last letter, as by another ending."""
+        short = self.term[:-1] if self.kind == "stem" and len(self.term) >= PREFIX_LETTERS - 1 else None
+        return self.is_in(exact, stems) or (short is not None and any(stem.startswith(short) for stem in stems))
+
 
 def passage_count(database: sqlite3.Connection) -> int:
     return database.execute("SELECT max(id) FROM keywords_docsize").fetchone()[0] or 0
@@ -527,7 +534,11 @@ def stem_or_beginning(database: sqlite3.Connection, word: str) -> tuple[str, str
 
 
 def keyword_scores(database: sqlite3.Connection, query: str, count: int) -> dict[int, float]:
-    """Return the BM25 scores (SQLite FTS5; higher is better) of the best passages, by their place."""
+    """Return the keyword scores of the passages with the best BM25 (SQLite FTS5), by their place; higher is better.
+
+    A score is BM25 times the share of the words' weight that the passage holds, like the coordination factor of early
+    versions of Lucene: in a long description, many of its words come before a rare one that stands there by chance.
+    """
     words: list[QueryWord] = []
     postings = 0
     for word in sorted(query_words(database, query), key=lambda word: word.passages):
@@ -536,13 +547,20 @@ def keyword_scores(database: sqlite3.Connection, query: str, count: int) -> dict
             words.append(word)
     if not words:
         return {}
-    stems = " OR ".join(f'"{word.term}"' + " *" * (word.kind == "beginning") for word in words)
-    exact = " OR ".join(f'"{word.word}"' for word in words)
-    rows = database.execute(
-        "SELECT rowid, -rank FROM keywords WHERE keywords MATCH ? ORDER BY rank LIMIT ?",
-        (f"{{heading stems}}: ({stems}) OR exact: ({exact})", count),
-    )
-    return {row - 1: score for row, score in rows}
+    terms = (f'"{word.term}"' + " *" * (word.kind == "beginning") for word in words)
+    one_by_one = [
+        f'({{heading stems}}: {term} OR exact: "{word.word}")' for term, word in zip(terms, words, strict=True)
+    ]
+    best = "SELECT rowid, -rank FROM keywords WHERE keywords MATCH ? ORDER BY rank LIMIT ?"
+    bm25 = dict(database.execute(best, (" OR ".join(one_by_one), count)).fetchall())
+    share = dict.fromkeys(bm25, 0.0)
+    holding = f"SELECT rowid FROM keywords WHERE keywords MATCH ? AND +rowid IN ({','.join(map(str, bm25))})"
+    for word, match in zip(words, one_by_one, strict=True):
+        if word.passages:
+            for (row,) in database.execute(holding, (match,)):
+                share[row] += word.weight
+    total = sum(word.weight for word in words)
+    return {row - 1: score * share[row] / total for row, score in bm25.items()}
 
 
 def combined_scores(
@@ -566,32 +584,42 @@ def standard_scores(scores: dict[int, float]) -> dict[int, float]:
     return {place: (score - mean) / deviation for place, score in scores.items()}
 
 
-# Fitted by logistic regression on 480 human questions to five sets of documents (Turkish regulations, history and two
-# software projects, English science), each against the questions to the others; a query stands by the likeliest of its
-# first five passages. README.md tells how far it holds on a set left out.
-RELEVANCE_WEIGHTS = {"bm25": 1.37, "coverage": 7.20, "known": 3.50, "found": 2.52, "similarity": 0.33}
-RELEVANCE_INTERCEPT = -11.77
-USUAL_SIMILARITY = 1.5  # in standard deviations; stands in where no model is at hand
+# Fitted by logistic regression on 580 human questions to six sets of documents (Turkish regulations, history and two
+# software projects, English science and software), each against the questions to the others; a query stands by the
+# likeliest of its first five passages. README.md tells how far it holds on a set left out.
+RELEVANCE_WEIGHTS = {
+    "keyword": 1.47,
+    "coverage": 1.03,
+    "unknown": -0.84,
+    "found": 4.26,
+    "similarity": 0.72,
+    "size": -0.56,
+}
+RELEVANCE_INTERCEPT = -3.74
+USUAL_SIMILARITY = 2.6  # in standard deviations; stands in where no model is at hand
 
 
 def relevance(
-    words: list[QueryWord], exact: set[str], stems: set[str], bm25: float, similarity: float | None, passages: int
+    words: list[QueryWord], exact: set[str], stems: set[str], keyword: float, similarity: float | None, passages: int
 ) -> float:
     """Return the probability that the passage with these keyword_terms has to do with the query of these words.
 
-    similarity: cosine in standard deviations over the index, so that models can be exchanged; bm25 is taken by the log
-    of the number of passages, which is what chance brings together in so many. A query without words has 0.
+    similarity: cosine in standard deviations over the index, so that models can be exchanged. The more passages, the
+    more chance brings together: the keyword score is taken by the log of their number, which also counts by itself. A
+    query without words has 0.
     """
     weight = sum(word.weight for word in words)
     if not weight:
         return 0.0
-    held = [word for word in words if word.weight and word.is_in(exact, stems)]
+    held = [word for word in words if word.weight and word.is_nearly_in(exact, stems)]
+    size = math.log(passages + 1)
     features = {
-        "bm25": bm25 / math.log(passages + 1),
+        "keyword": keyword / size,
         "coverage": sum(word.weight for word in held) / weight,
-        "known": sum(word.weight for word in words if word.passages) / weight,
+        "unknown": sum(word.weight > 0 and not word.passages for word in words),
         "found": math.log1p(len(held)),
         "similarity": USUAL_SIMILARITY if similarity is None else similarity,
+        "size": size,
     }
     return 1 / (1 + math.exp(-RELEVANCE_INTERCEPT - sum(RELEVANCE_WEIGHTS[name] * features[name] for name in features)))
 

@@ -98,7 +98,7 @@ class Scored(NamedTuple):
 
     words: list[QueryWord]
     cosines: dict[int, float]
-    bm25: dict[int, float]
+    keyword: dict[int, float]
     ranking: dict[int, float]
     similarities: dict[int, float]
     semantic_weight: float
@@ -121,24 +121,26 @@ def score_passages(index: Index, query: str, request: Request) -> Scored:
     with ThreadPoolExecutor(1) as pool:  # SQLite and the encoder work at the same time
         embedding = pool.submit(index.encoder.encode, [query]) if embeds else None
         words = query_words(index.keywords, query)
-        bm25 = keyword_scores(index.keywords, query, count)
+        keyword = keyword_scores(index.keywords, query, count)
     if embedding is None:
-        return Scored(words, {}, bm25, bm25 if request.mode == "keyword" else standard_scores(bm25), {}, 0.0)
+        return Scored(words, {}, keyword, keyword if request.mode == "keyword" else standard_scores(keyword), {}, 0.0)
     vector = embedding.result()
     scores, places = index.vectors.search(vector, count)
     cosines = {int(place): float(score) for place, score in zip(places[0], scores[0], strict=True) if place >= 0}
-    lost = [place for place in bm25 if place not in cosines and request.mode != "semantic"]
+    lost = [place for place in keyword if place not in cosines and request.mode != "semantic"]
     if lost:
         cosines |= zip(lost, cosines_of(index.vectors.reconstruct_batch(lost), vector[0]).tolist(), strict=True)
     background = cosines_of(index.sample_vectors, vector[0])
     mean, deviation = float(background.mean()), float(background.std())
     similarities = {place: (cosine - mean) / (deviation or 1.0) for place, cosine in cosines.items()}
     if request.mode == "semantic":
-        return Scored(words, cosines, bm25, cosines, similarities, 1.0)
+        return Scored(words, cosines, keyword, cosines, similarities, 1.0)
     weight = request.semantic_weight
     if weight is None:
         weight = index.header["search"].get("semantic_weight", DEFAULT_SEMANTIC_WEIGHT)
-    return Scored(words, cosines, bm25, combined_scores(cosines, bm25, mean, deviation, weight), similarities, weight)
+    return Scored(
+        words, cosines, keyword, combined_scores(cosines, keyword, mean, deviation, weight), similarities, weight
+    )
 
 
 def cosines_of(vectors: np.ndarray, vector: np.ndarray) -> np.ndarray:
@@ -149,7 +151,9 @@ def relevances(index: Index, searches: list[Scored], place: int) -> list[float]:
     """Return how relevant a passage is to each of the queries, from 0 to 1."""
     exact, stems = passage_terms(index.passages[place])
     return [
-        relevance(one.words, exact, stems, one.bm25.get(place, 0.0), one.similarities.get(place), len(index.passages))
+        relevance(
+            one.words, exact, stems, one.keyword.get(place, 0.0), one.similarities.get(place), len(index.passages)
+        )
         for one in searches
     ]
 
@@ -166,8 +170,8 @@ def passage_terms(passage: dict) -> tuple[set[str], set[str]]:
 def search(index: Index, query: str, request: Request) -> dict:
     """Return the answer to a query, in the form that the module's docstring gives.
 
-    score: cosine similarity (semantic), BM25 (keyword), or the standard score of both made a number from 0 to 1
-    (hybrid, task); relevance: the probability that the passage has to do with the query.
+    score: cosine similarity (semantic), that of keyword_scores (keyword), or the standard score of both made a number
+    from 0 to 1 (hybrid, task); relevance: the probability that the passage has to do with the query.
 
     Raises:
         UserError: the query is empty, or semantic search lacks the index's model.
@@ -267,8 +271,8 @@ def explain(index: Index, place: int, scored: Scored) -> dict:
     values = {
         "cosine": scored.cosines.get(place),
         "standard_cosine": similarity,
-        "bm25": scored.bm25.get(place, 0.0),
-        "standard_bm25": by_words,
+        "keyword": scored.keyword.get(place, 0.0),
+        "standard_keyword": by_words,
         "semantic_weight": weight,
         "combined": combined,
     }
@@ -558,8 +562,8 @@ def explanation(values: dict) -> str:
     if meaning is not None:
         parts.append(f"{weight:.2f} × meaning {values['standard_cosine']:.2f} (cosine {meaning:.3f})")
     if weight < 1:
-        by_words = "" if values["standard_bm25"] is None else f" {values['standard_bm25']:.2f}"
-        parts.append(f"{1 - weight:.2f} × words{by_words} (BM25 {values['bm25']:.2f})")
+        by_words = "" if values["standard_keyword"] is None else f" {values['standard_keyword']:.2f}"
+        parts.append(f"{1 - weight:.2f} × words{by_words} (keyword score {values['keyword']:.2f})")
     total = "" if values["combined"] is None else f" = {values['combined']:.3f}"
     found, missing = (", ".join(values[name]) or "none" for name in ("found", "missing"))
     return f"{' + '.join(parts)}{total}; words found: {found}; not found: {missing}"

@@ -585,12 +585,17 @@ def test_too_few_queries_say_so_with_the_number_needed(capsys):
     assert printed[-1].startswith("VERDICT unknown nDCG@10 0.000 -> 1.000")
 
 
-def test_the_weight_stays_near_the_built_in_one_unless_another_is_clearly_better():
-    rng = np.random.default_rng(1)
-    noise = {weight: rng.random(50) for weight in (0.0, 0.3, 1.0)}
-    assert run_finetuning.fitted_weight(noise | {0.3: noise[0.0] + rng.normal(-0.001, 0.1, 50)}) == 0.3
-    clear = {0.0: np.full(50, 0.2), 0.3: np.full(50, 0.3), 0.8: np.full(50, 0.6) + rng.random(50) / 10}
-    assert run_finetuning.fitted_weight(clear) == 0.8
+def test_meaning_weighs_the_more_the_more_the_base_finds_of_what_words_find():
+    most = run_finetuning.MOST_SEMANTIC_WEIGHT
+    queries = [query._replace(strategy="sentence") for query in queries_of(40)]
+    words, nothing = np.full(40, 0.6), np.zeros(40)
+    weights = [run_finetuning.fitted_weight(queries, share * words, words) for share in (0, 0.25, 0.5, 1, 1.5)]
+    assert weights == pytest.approx([0, most / 4, most / 2, most, most], abs=0.006)
+    terms = [query._replace(strategy="term") for query in queries_of(40)]
+    more = [np.concatenate([one, other]) for one, other in ((words / 2, nothing), (words, words))]
+    assert run_finetuning.fitted_weight(queries + terms, *more) == pytest.approx(most / 2, abs=0.006)
+    for empty in ((queries, words, nothing), (terms, words, words), ([], words[:0], words[:0])):
+        assert run_finetuning.fitted_weight(*empty) == run_finetuning.DEFAULT_SEMANTIC_WEIGHT
 
 
 def test_an_answer_that_is_not_in_the_corpus_is_an_error():

@@ -309,11 +309,21 @@ def test_whole_words_rank_above_words_with_the_same_beginning(index_of):
     assert [result["source_file"] for result in results] == ["b.md", "a.md"]
 
 
+def test_many_words_of_a_long_query_come_before_a_rare_one_that_is_repeated(index_of):
+    filler = {f"{i}.md": f"# Konu {i}\n\nDepo, bakım, plan ve rapor burada da geçiyor.\n" for i in range(8)}
+    many = "# Bir\n\nDepo için bakım planı hazırlanır, sonra rapor yazılır; burada da geçiyor.\n"
+    index = index_of(filler | {"rare.md": "# İki\n\nKantar, kantar, kantar, kantar.\n", "many.md": many})
+    query = "depo bakım planı ve raporu hazırla, kantar dahil"
+    results = semantic_search.search(index, query, Request("keyword", 3))["results"]
+    assert results[0]["source_file"] == "many.md"
+    assert "rare.md" in [result["source_file"] for result in results]
+
+
 def test_an_explanation_adds_up(ask):
     for result in ask("yedek parça zürafa", "hybrid", 5, "--explain")[1]:
         values = result["explain"]
         weight = values["semantic_weight"]
-        combined = weight * values["standard_cosine"] + (1 - weight) * values["standard_bm25"]
+        combined = weight * values["standard_cosine"] + (1 - weight) * values["standard_keyword"]
         assert combined == pytest.approx(values["combined"], abs=0.001)
         assert result["score"] == pytest.approx(1 / (1 + math.exp(-combined)), abs=0.001)
     first = ask("yedek parça zürafa", "hybrid", 5, "--explain")[1][0]["explain"]
