@@ -100,7 +100,9 @@ def make_large_index(index: Index, folder: Path, count: int) -> None:
     model = index.header["model"]
     folder.mkdir(parents=True)
     relative = os.path.relpath((index.folder / model["folder"]).resolve(), folder.resolve())
-    kept = {name: index.header[name] for name in ("documents_root", "max_passage_chars", "documents", "search")}
+    kept = {
+        name: index.header[name] for name in ("documents_root", "globs", "max_passage_chars", "documents", "search")
+    }
     made_up = {"passage_count": count, "faiss_index": "auto", "model": model | {"folder": relative}}
     header = kept | made_up
     commit(folder, header, made, vectors, backups=0)
