@@ -585,18 +585,19 @@ def standard_scores(scores: dict[int, float]) -> dict[int, float]:
 
 
 # Fitted by logistic regression on 580 human questions to six sets of documents (Turkish regulations, history and two
-# software projects, English science and software), each against the questions to the others; a query stands by the
-# likeliest of its first five passages. README.md tells how far it holds on a set left out.
+# software projects, English science and software), each against the questions to the others, and, for less, on words
+# and pairs of words drawn from each set; a query stands by the likeliest of its first five passages. README.md tells
+# how far it holds on a set left out.
 RELEVANCE_WEIGHTS = {
-    "keyword": 1.47,
-    "coverage": 1.03,
-    "unknown": -0.84,
-    "found": 4.26,
-    "similarity": 0.72,
-    "size": -0.56,
+    "keyword": 0.81,
+    "coverage": 5.45,
+    "unknown": -0.76,
+    "found": 3.35,
+    "similarity": 0.73,
+    "size": -0.48,
 }
-RELEVANCE_INTERCEPT = -3.74
-USUAL_SIMILARITY = 2.6  # in standard deviations; stands in where no model is at hand
+RELEVANCE_INTERCEPT = -4.12
+USUAL_SIMILARITY = 2.5  # in standard deviations; stands in where no model is at hand
 
 
 def relevance(

@@ -19,7 +19,7 @@ from conftest import REPOSITORY, error_line, exit_status, run_script, write_docu
 import config
 import generate_embeddings
 import semantic_search
-from run_finetuning import standard_scores
+from run_finetuning import QueryWord, relevance, standard_scores
 from semantic_search import Request, share, split_needs
 
 MODES = ["semantic", "keyword", "hybrid", "task"]
@@ -247,6 +247,21 @@ def test_bytes_that_are_no_utf8_in_a_query_end_in_no_traceback(chain, through_a_
 def test_what_the_documents_do_not_tell_of_is_not_found(chain, capsys, query, relevant, mode):
     assert exit_status(semantic_search.main, ["--mode", mode, "--index-dir", chain.index, query]) == int(not relevant)
     assert (capsys.readouterr().out == "nothing relevant found\n") == (not relevant)
+
+
+def test_a_passage_that_holds_all_of_a_short_query_is_relevant_however_common_its_word_is():
+    common = QueryWord("gorev", "gorev", "stem", 500, math.log(1001 / 500.5))
+    held, other = ({"gorevi"}, {"gorev", "plan"}), ({"plan"}, {"plan"})
+    assert relevance([common], *held, 1.0, None, 1000) > 0.5 > relevance([common], *other, 0.0, None, 1000)
+    unknown = [QueryWord(name, name, "stem", 0, math.log(2002)) for name in ("kuantu", "dolani", "deneyi")]
+    assert relevance([common, *unknown], *held, 0.3, None, 1000) < 0.5
+
+
+def test_an_ending_that_changes_the_stem_is_held_for_the_relevance():
+    word = QueryWord("secildi", "secild", "stem", 3, 5.0)
+    assert word.is_nearly_in({"secilmis"}, {"secilm"}) and not word.is_in({"secilmis"}, {"secilm"})
+    assert not word.is_nearly_in({"sec"}, {"sec"})
+    assert not QueryWord("km-2-1", "km-2-1", "name", 3, 5.0).is_nearly_in({"km-2-2"}, {"km"})
 
 
 def test_results_stay_in_json_when_none_is_relevant(chain, capsys):
