@@ -815,6 +815,28 @@ def read_questions(data_dir: Path) -> list[tuple[str, Question]]:
     return found
 
 
+def read_test_queries(path: Path) -> list[tuple[str, Question]]:
+    """Return the queries of a text file, one a line, each with its file and line; passage is "" where none is given.
+
+    Behind a tab may stand the passage that answers, by its text or as file:line, so that questions.tsv will do.
+
+    Raises:
+        UserError: the file can not be read, or holds no query.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = f"not UTF-8 at byte {error.start}" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise UserError(f"{path} can not be read ({reason}); --questions needs a text file, one query a line") from None
+    cut = ((number, *line.partition("\t")) for number, line in enumerate(lines, 1) if line.strip())
+    rows = [(f"{path}:{number}", Question(query, passage)) for number, query, _, passage in cut]
+    if rows and rows[0][1] == Question._fields:
+        del rows[0]
+    if not rows:
+        raise UserError(f"{path} holds no query; write one a line")
+    return rows
+
+
 def find_answers(questions: list[tuple[str, Question]], passages: list[Passage]) -> list[tuple[str, Passage]]:
     """Return each question with the passage that answers it; warn of those whose passage is not in the documents.
 

@@ -9,6 +9,7 @@
     python run_finetuning.py
     python run_finetuning.py --base-model packaged --epochs 2 --max-steps 200
     python run_finetuning.py --evaluate-only
+    python run_finetuning.py --questions queries.txt
 
 The model folder is written whole and swapped in; the one before stays beside it as <name>.previous. It holds the
 Sentence Transformers format (safetensors), onnx/model.onnx (token ids in, normalised embeddings out: what steps 3 and
@@ -51,17 +52,24 @@ from prepare_finetuning_data import (
     WINDOW_FILES,
     CorpusPassage,
     Pair,
+    Passage,
     Query,
+    add_document_options,
     chart,
     check_model,
+    find_answers,
+    find_documents,
     find_model,
     fold,
     language,
     load_tokenizer,
     module_folders,
+    plain_text,
     read_corpus,
     read_pairs,
+    read_passages,
     read_queries,
+    read_test_queries,
     render,
     sha256_of,
     shingles,
@@ -157,11 +165,11 @@ class HeldOut:
     def fingerprint(self) -> str:
         return hashlib.sha256(repr((self.queries, self.passages)).encode()).hexdigest()
 
-    def vectors(self, model) -> tuple[np.ndarray, np.ndarray]:
-        """Return the normalised embeddings of the queries and of the passages, float32, a row each."""
+    def vectors(self, model, texts: list[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return the normalised embeddings of the queries, or of other texts, and of the passages, float32, in rows."""
         show = sys.stderr.isatty() and len(self.passages) > 1000
         encode = functools.partial(model.encode, normalize_embeddings=True, show_progress_bar=show)
-        return encode([query.query for query in self.queries]), encode(self.passages)
+        return encode(texts or [query.query for query in self.queries]), encode(self.passages)
 
     def similarities(self, model) -> np.ndarray:
         """Return each query's cosine similarity to every passage, float32 of shape (queries, passages)."""
@@ -254,6 +262,7 @@ def confidence_interval(differences: np.ndarray, seed: int, draws: int = 10_000)
     return float(low), float(high)
 
 
+SHOWN = 3  # passages of each model, for every query of --questions
 MIN_QUERIES = 30  # fewer can not tell two models apart
 DECIDING, CHOOSING = slice(0, None, 2), slice(1, None, 2)  # the halves of the held-out queries
 
@@ -318,7 +327,9 @@ def print_comparison(result: dict, quiet: bool = False, summary: str = "") -> No
     if summary:
         print(summary)
     if not result["queries"]:
-        print(f"VERDICT unknown: no held-out queries, {MIN_QUERIES} are needed; add documents or questions")
+        print(
+            f"VERDICT unknown: no queries whose answer is known, {MIN_QUERIES} are needed; add documents or questions"
+        )
         return
     low, high = result["interval_95"]
     base, tuned = (result[name]["nDCG@10"] for name in ("base", "fine_tuned"))
@@ -1431,14 +1442,70 @@ def decide(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, kept_base: bool
     return result
 
 
-def evaluate_saved(options: argparse.Namespace, judged: HeldOut) -> dict:
-    """Compare the saved model with the base it was tuned from, or --base-model, on the half that decides."""
+def load_base_and_saved(options: argparse.Namespace) -> tuple:
+    """Return the base that the saved model was tuned from, or --base-model, and the saved one; whether it is kept."""
     saved = load_model(options.model_dir, config.DEVICE)
     evaluation = read_json(options.model_dir / "evaluation.json")
     name = options.base_model or evaluation.get("base", {}).get("used", config.BASE_MODEL)
     base = load_model(find_model(name, config.BASE_MODEL_REVISION, fallback=False)[0], config.DEVICE)
     kept_base = evaluation.get("comparison", {}).get("verdict") == "kept-base" and name == evaluation["base"]["used"]
+    return base, saved, kept_base
+
+
+def evaluate_saved(options: argparse.Namespace, judged: HeldOut) -> dict:
+    """Compare the saved model with its base on the held-out queries, on the half that decides."""
+    base, saved, kept_base = load_base_and_saved(options)
     return judge(judged, judged.similarities(base), judged.similarities(saved), kept_base, options)["comparison"]
+
+
+def evaluate_questions(options: argparse.Namespace) -> dict:
+    """Print what the saved model and its base find first for each query of a file; compare them on those with answers.
+
+    All passages of the documents are searched.
+    """
+    asked = read_test_queries(options.questions)
+    paths = find_documents(options.documents_root, options.documents or config.TARGET_DOCUMENTS)
+    passages = read_passages(options.documents_root, paths, config.MAX_PASSAGE_CHARS, config.MAX_DOCUMENT_MB)
+    distinct = {passage.model_text: passage for passage in reversed(passages)}
+    answers = dict(find_answers([(place, one) for place, one in asked if one.passage.strip()], passages))
+    texts = list(dict.fromkeys(" ".join(one.question.split()) for _, one in asked))
+    known = [place for place, text in enumerate(texts) if text in answers]
+    answered = [
+        Query(texts[place], answers[texts[place]].model_text, "question", answers[texts[place]].source_file)
+        for place in known
+    ]
+    searched = HeldOut(answered, [CorpusPassage(text, passage.source_file) for text, passage in distinct.items()])
+    base, saved, kept_base = load_base_and_saved(options)
+    vectors = [searched.vectors(model, texts) for model in (base, saved)]
+    scores = [queries @ passages.T for queries, passages in vectors]
+    for place, text in enumerate(texts) if not options.quiet else ():
+        print_side_by_side(text, [own[place] for own in scores], list(distinct.values()), answers.get(text))
+    return compare(answered, *(searched.ranks(own[known]) for own in scores), kept_base, options.seed)
+
+
+def print_side_by_side(query: str, scores: list[np.ndarray], passages: list[Passage], answer: Passage | None) -> None:
+    """Print the passages that two models find first for a query, each with its rank in the other's list."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    orders = [np.argsort(-own, kind="stable") for own in scores]
+    ranks = [np.argsort(order, kind="stable") + 1 for order in orders]
+    table = Table(box=None, expand=True, padding=(0, 2, 0, 0))
+    for name in ("base", "fine-tuned"):
+        table.add_column(name, ratio=1, overflow="fold")
+    for places in zip(*(order[:SHOWN] for order in orders), strict=True):
+        cells = []
+        for place, own, other in zip(places, ranks, reversed(ranks), strict=True):
+            passage = passages[place]
+            mark = "✓ " if answer and passage.model_text == answer.model_text else ""
+            text = textwrap.shorten(plain_text(passage.text), 150, placeholder=" …")
+            cells.append(
+                Text(f"{own[place]}. (other: {other[place]}.) {mark}{passage.source_file}:{passage.start_line}\n{text}")
+            )
+        table.add_row(*cells)
+    console.print(Text(query, style="bold"), table, "")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -1467,10 +1534,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--evaluate-only", action="store_true", help="compare the saved model with the base; save nothing"
     )
+    parser.add_argument(
+        "--questions",
+        type=Path,
+        metavar="FILE",
+        help="show what the saved model and the base find first for your own test queries and task descriptions, one a"
+        " line, and compare them where a tab and the passage that answers follow; save nothing",
+    )
     parser.add_argument("--fresh", action="store_true", help="start over instead of going on with an interrupted run")
     parser.add_argument(
         "--force", action="store_true", help="replace a model that searches better or was tuned from a better base"
     )
+    add_document_options(parser)
     config.add_verbosity(parser)
     return parser
 
@@ -1481,6 +1556,9 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     check_options(options)
     restore_previous(options.model_dir)
+    if options.questions:
+        print_comparison(evaluate_questions(options), options.quiet)
+        return
     held_out = HeldOut(read_queries(options.data_dir), read_corpus(options.data_dir))
     judged = held_out.part(held_out.queries, config.EVALUATION_PASSAGES, options.seed)
     watched = held_out.part(held_out.queries[CHOOSING], config.WATCHED_PASSAGES, options.seed)

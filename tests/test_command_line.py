@@ -14,7 +14,8 @@ OPTIONS = {
     "prepare_finetuning_data.py": DOCUMENTS
     | {"--data-dir": "FINE_TUNING_DATA_DIR", "--strategy": "PAIR_STRATEGIES", "--seed": "SEED"}
     | dict.fromkeys(["--report", "--suggest-questions", "--question-endpoint", "--question-model"]),
-    "run_finetuning.py": {
+    "run_finetuning.py": DOCUMENTS
+    | {
         "--data-dir": "FINE_TUNING_DATA_DIR",
         "--model-dir": "MODEL_NAME",
         "--base-model": "BASE_MODEL",
@@ -25,6 +26,7 @@ OPTIONS = {
         "--max-steps": None,
         "--seed": "SEED",
         "--evaluate-only": None,
+        "--questions": None,
         "--fresh": None,
         "--force": None,
     },

@@ -192,6 +192,48 @@ def test_evaluate_only_without_a_model_is_one_line(chain, tmp_path, capsys):
     assert str(tmp_path / "none") in error_line(capsys.readouterr().err)
 
 
+def ask_models(chain, model_dir: Path, path: Path, lines: str, *more) -> int:
+    path.write_bytes(lines.encode())
+    documents = ["--documents-root", chain.documents, "--documents", "**/*.md"]
+    arguments = ["--questions", path, "--model-dir", model_dir, "--base-model", chain.base, *documents, *more]
+    return exit_status(run_finetuning.main, [str(argument) for argument in arguments])
+
+
+def test_own_queries_are_shown_side_by_side_and_compared_where_the_answer_is_known(chain, installed, tmp_path, capsys):
+    answer = "The database is dumped every night at two o'clock."
+    lines = f"question\tpassage\nhow old may a dump get\t{answer}\nbir görevi planla ve raporla\n\nnerede?\tno.md:3\n"
+    before = snapshot(installed.parent)
+    assert ask_models(chain, installed, tmp_path / "queries.tsv", lines) == 0
+    out, err = capsys.readouterr()
+    assert [line for line in out.splitlines() if line.startswith("question\t")] == []
+    for query in ("how old may a dump get", "bir görevi planla ve raporla", "nerede?"):
+        assert query in out.splitlines(), query
+    assert len(re.findall(r"1\. \(other: \d+\.\)", out)) == 6  # the first of both models, three times
+    assert re.fullmatch(r"VERDICT (unknown|kept-base) nDCG@10 .*, 1 queries\)", out.splitlines()[-1])
+    assert "✓ Docs/deployment.md:" in out
+    assert "no.md:3" in err and "queries.tsv:5" in err
+    assert snapshot(installed.parent) == before
+
+
+def test_own_queries_without_answers_are_shown_without_a_comparison(chain, installed, tmp_path, capsys):
+    assert ask_models(chain, installed, tmp_path / "queries.txt", "\ufeffgece yedeği\r\nwho reviews?\r\n") == 0
+    out = capsys.readouterr().out
+    assert "gece yedeği" in out.splitlines() and "who reviews?" in out.splitlines()
+    assert out.splitlines()[-1].startswith("VERDICT unknown: no queries whose answer is known")
+    assert ask_models(chain, installed, tmp_path / "queries.txt", "gece yedeği\n", "-q") == 0
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"\n  \n", b"question\tpassage\n", b"\xff\xfe", None])
+def test_a_file_of_own_queries_that_holds_none_is_one_line(chain, installed, tmp_path, capsys, content):
+    path = tmp_path / "queries.txt"
+    if content is not None:
+        path.write_bytes(content)
+    arguments = ["--questions", path, "--model-dir", installed, "--base-model", chain.base]
+    assert exit_status(run_finetuning.main, arguments) == 2
+    assert str(path) in error_line(capsys.readouterr().err)
+
+
 def test_the_same_seed_trains_the_same_weights(chain, tmp_path):
     for name in ("a", "b"):
         assert train(chain.data, tmp_path / name, chain.base) == 0
