@@ -65,6 +65,7 @@ from prepare_finetuning_data import (
     read_document,
     sha256_of,
     text_for_model,
+    warn,
 )
 from run_finetuning import Encoder, load_model, model_fingerprint, processes, read_json, save_with_onnx, write_keywords
 
@@ -691,7 +692,7 @@ class Index:
         if not root.is_dir():
             return []
         found = {path.relative_to(root).as_posix() for glob in self.header["globs"] for path in root.glob(glob)}
-        added = [name for name in sorted(found - known.keys()) if is_document(root / name, root)]
+        added = [name for name in sorted(found - known.keys()) if can_be_indexed(root / name, root)]
         return added + [name for name, state in known.items() if file_changed(root / name, state)]
 
 
@@ -720,9 +721,23 @@ def document_states(documents_root: Path, paths: list[Path]) -> dict[str, list]:
     root = documents_root.resolve()
     states = {}
     for path in paths:
-        with contextlib.suppress(OSError):
-            states[path.relative_to(root).as_posix()] = file_state(path)
+        name = path.relative_to(root).as_posix()
+        try:
+            name.encode()
+            states[name] = file_state(path)
+        except UnicodeEncodeError:
+            warn(f"{path}: the file's name is not UTF-8, skipped; rename it")
+        except OSError as error:
+            warn(f"{path}: {error.strerror}, skipped")
     return states
+
+
+def can_be_indexed(path: Path, root: Path) -> bool:
+    """Tell whether document_states would take up a file that matches a glob."""
+    with contextlib.suppress(UnicodeEncodeError):
+        str(path).encode()
+        return is_document(path, root) and os.access(path, os.R_OK)
+    return False
 
 
 def scripts_digest() -> str:
@@ -846,7 +861,7 @@ def main(argv: list[str] | None = None) -> int:
             restore_previous(Path(options.model))
         source, _ = find_model(options.model, config.BASE_MODEL_REVISION, fallback=False)
         wanted = {
-            "globs": [glob.lstrip("/") for glob in globs],
+            "globs": sorted({glob.lstrip("/") for glob in globs}),
             "max_passage_chars": config.MAX_PASSAGE_CHARS,
             "max_document_mb": config.MAX_DOCUMENT_MB,
             "faiss_index": config.FAISS_INDEX,

@@ -72,6 +72,7 @@ def find_documents(documents_root: Path, patterns: list[str]) -> list[Path]:
         if not relative or ".." in Path(relative).parts:
             raise UserError(f"--documents {pattern!r} must be a glob below {documents_root}, such as '**/*.md'")
         try:
+            relative.encode()
             found_now = list(root.glob(relative))
         except ValueError as error:
             raise UserError(f"--documents {pattern!r}: {error}") from None
@@ -85,7 +86,9 @@ def find_documents(documents_root: Path, patterns: list[str]) -> list[Path]:
 
 
 def is_document(path: Path, root: Path) -> bool:
-    return path.is_file() and path.resolve().is_relative_to(root)
+    with contextlib.suppress(OSError):  # in a folder that may be listed but not entered
+        return path.is_file() and path.resolve().is_relative_to(root)
+    return False
 
 
 def read_document(path: Path, max_mb: float) -> str | None:

@@ -396,7 +396,7 @@ def fitted_weight(queries: list[Query], by_base: np.ndarray, by_words: np.ndarra
     found = by_words[worded].sum()
     if not found:
         return DEFAULT_SEMANTIC_WEIGHT
-    return round(MOST_SEMANTIC_WEIGHT * min(1.0, float(by_base[worded].sum() / found)), 2)
+    return round(MOST_SEMANTIC_WEIGHT * min(max(0.15, float(by_base[worded].sum() / found)), 1.0), 2)
 
 
 # ------------------------------------------------------------------- scores by words (SQLite FTS5), and by both
@@ -490,10 +490,10 @@ class QueryWord(NamedTuple):
             return any(stem.startswith(self.term) for stem in stems)
         return self.term in (exact if self.kind == "name" else stems)
 
-    def is_nearly_in(self, exact: set[str], stems: set[str]) -> bool:
-        """Tell the same, or whether it holds a word that differs at the stem's last letter, as by another ending."""
-        short = self.term[:-1] if self.kind == "stem" and len(self.term) >= PREFIX_LETTERS - 1 else None
-        return self.is_in(exact, stems) or (short is not None and any(stem.startswith(short) for stem in stems))
+    def is_nearly_in(self, stems: set[str]) -> bool:
+        """Tell whether it holds a word that differs at the stem's last letter, as by another ending."""
+        long = self.kind == "stem" and len(self.term) == PREFIX_LETTERS
+        return long and any(stem.startswith(self.term[:-1]) for stem in stems)
 
 
 def passage_count(database: sqlite3.Connection) -> int:
@@ -511,8 +511,8 @@ def query_words(database: sqlite3.Connection, query: str) -> list[QueryWord]:
     words: dict[str, tuple[str, str, int, bool]] = {}
     for as_typed, name, parts in words_and_names(query):
         holders = passages_with(database, name, name) if name else 0
-        # An ID or a camelCase name is one thing; of two words with a stroke between, each may stand alone.
-        as_one = holders > 0 or (name != "" and ("-" not in name or any(map(str.isdigit, as_typed))))
+        # A name that the documents hold is one thing, and so is an ID; of other words in one, each may stand alone.
+        as_one = holders > 0 or (name != "" and any(map(str.isdigit, as_typed)))
         if name:
             words[name] = (name, "name", holders, as_one)
         for part in parts:
@@ -570,6 +570,8 @@ def keyword_scores(database: sqlite3.Connection, query: str, count: int) -> dict
         if word.passages:
             for (row,) in database.execute(holding, (match,)):
                 share[row] += word.weight
+    if not any(share.values()):  # they hold but parts of a name that no passage holds whole
+        return {row - 1: score for row, score in bm25.items()}
     total = sum(word.weight for word in words)
     return {row - 1: score * share[row] / total for row, score in bm25.items()}
 
@@ -600,14 +602,15 @@ def standard_scores(scores: dict[int, float]) -> dict[int, float]:
 # and pairs of words drawn from each set; a query stands by the likeliest of its first five passages. README.md tells
 # how far it holds on a set left out.
 RELEVANCE_WEIGHTS = {
-    "keyword": 0.81,
-    "coverage": 5.45,
-    "unknown": -0.76,
-    "found": 3.35,
-    "similarity": 0.73,
-    "size": -0.48,
+    "keyword": 0.36,
+    "coverage": 6.35,
+    "unknown": -0.88,
+    "found": 3.83,
+    "similarity": 0.75,
+    "size": -0.51,
 }
-RELEVANCE_INTERCEPT = -4.12
+RELEVANCE_INTERCEPT = -4.41
+LARGEST_FITTED = 20_000  # passages; what more of them would do to the relevance is not known
 USUAL_SIMILARITY = 2.5  # in standard deviations; stands in where no model is at hand
 
 
@@ -623,13 +626,14 @@ def relevance(
     weight = sum(word.weight for word in words)
     if not weight:
         return 0.0
-    held = [word for word in words if word.weight and word.is_nearly_in(exact, stems)]
-    size = math.log(passages + 1)
+    held = [word for word in words if word.weight and word.is_in(exact, stems)]
+    near = [word for word in words if word.weight and word not in held and word.is_nearly_in(stems)] if held else []
+    size = math.log(min(passages, LARGEST_FITTED) + 1)
     features = {
         "keyword": keyword / size,
-        "coverage": sum(word.weight for word in held) / weight,
-        "unknown": sum(word.weight > 0 and not word.passages for word in words),
-        "found": math.log1p(len(held)),
+        "coverage": (sum(word.weight for word in held) + sum(word.weight for word in near) / 2) / weight,
+        "unknown": min(3, sum(word.weight > 0 and not word.passages for word in words)),  # a pasted log line is no more
+        "found": math.log1p(len(held) + len(near) / 2),
         "similarity": USUAL_SIMILARITY if similarity is None else similarity,
         "size": size,
     }
@@ -1452,8 +1456,16 @@ def load_base_and_saved(options: argparse.Namespace) -> tuple:
     return base, saved, kept_base
 
 
-def evaluate_saved(options: argparse.Namespace, judged: HeldOut) -> dict:
+def read_held_out(options: argparse.Namespace) -> tuple[HeldOut, HeldOut]:
+    """Return what the models are compared on, all queries, and what is watched while training, those that choose."""
+    held_out = HeldOut(read_queries(options.data_dir), read_corpus(options.data_dir))
+    judged = held_out.part(held_out.queries, config.EVALUATION_PASSAGES, options.seed)
+    return judged, held_out.part(held_out.queries[CHOOSING], config.WATCHED_PASSAGES, options.seed)
+
+
+def evaluate_saved(options: argparse.Namespace) -> dict:
     """Compare the saved model with its base on the held-out queries, on the half that decides."""
+    judged, _ = read_held_out(options)
     base, saved, kept_base = load_base_and_saved(options)
     return judge(judged, judged.similarities(base), judged.similarities(saved), kept_base, options)["comparison"]
 
@@ -1556,15 +1568,11 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     check_options(options)
     restore_previous(options.model_dir)
-    if options.questions:
-        print_comparison(evaluate_questions(options), options.quiet)
+    if options.questions or options.evaluate_only:
+        result = evaluate_questions(options) if options.questions else evaluate_saved(options)
+        print_comparison(result, options.quiet)
         return
-    held_out = HeldOut(read_queries(options.data_dir), read_corpus(options.data_dir))
-    judged = held_out.part(held_out.queries, config.EVALUATION_PASSAGES, options.seed)
-    watched = held_out.part(held_out.queries[CHOOSING], config.WATCHED_PASSAGES, options.seed)
-    if options.evaluate_only:
-        print_comparison(evaluate_saved(options, judged), options.quiet)
-        return
+    judged, watched = read_held_out(options)
     pairs = read_pairs(options.data_dir)
     wanted = options.base_model or config.BASE_MODEL
     base_folder, note = find_model(wanted, config.BASE_MODEL_REVISION, fallback=options.base_model is None)

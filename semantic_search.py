@@ -832,7 +832,7 @@ def main(argv: list[str] | None = None) -> int:
         options.mode, options.top_k, config.SEMANTIC_WEIGHT, options.min_relevance, options.context, options.explain
     )
     if changed := index.changed_documents():
-        names = ", ".join(changed[:3]) + ", …" * (len(changed) > 3)
+        names = CONTROL.sub(" ", ", ".join(changed[:3])) + ", …" * (len(changed) > 3)
         warn(f"{options.index_dir} is older than {len(changed)} of its documents ({names}); run generate_embeddings.py")
     piped = (line.decode(errors="replace").rstrip("\r\n") for line in sys.stdin.buffer)
     if options.html:

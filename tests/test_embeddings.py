@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -238,10 +239,35 @@ def test_a_search_says_that_documents_were_added_where_the_index_looks_for_them(
     assert exit_status(semantic_search.main, arguments) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert "older than 1 of its documents (Yeni/çok yeni.md)" in line and COMMAND.search(line)
+    (built.project / "Yeni" / "\x1b[31mred\n.md").write_text("# Kırmızı\n\nBir belge.\n", encoding="utf-8")
+    assert exit_status(semantic_search.main, arguments) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "older than 2" in line and "\x1b" not in line
+    (built.project / "Yeni" / "\x1b[31mred\n.md").unlink()
     assert built.build()[0] == 0
     capsys.readouterr()
     assert exit_status(semantic_search.main, arguments) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_other_globs_for_the_same_documents_are_taken_over_and_their_order_does_not_count(built):
+    model = ["--model", built.model]
+    assert built.build(*model, "--documents", "*/*.md")[0] == 0
+    status, printed = built.build(*model, "--documents", "*/*.md", "--documents", "/**/*.md", "--check")
+    assert status == 0 and "is current" in printed.out
+    status, printed = built.build(*model, "--check")
+    assert status == 1 and "the globs of the documents changed" in printed.out
+
+
+def test_a_document_whose_name_is_not_utf8_is_skipped_and_not_asked_for_again(built, capsys):
+    path = built.project / "Docs" / os.fsdecode(b"\xff.md")
+    try:
+        path.write_text("# A\n\nSome text of a document.\n", encoding="utf-8")
+    except OSError:
+        pytest.skip("this file system keeps to UTF-8")
+    status, printed = built.build()
+    assert status == 0 and "not UTF-8" in printed.err
+    assert load_index(built.index).changed_documents() == []
 
 
 # ---------------------------------------------------------------------------------------------- FAISS indexes

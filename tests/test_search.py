@@ -257,11 +257,33 @@ def test_a_passage_that_holds_all_of_a_short_query_is_relevant_however_common_it
     assert relevance([common, *unknown], *held, 0.3, None, 1000) < 0.5
 
 
-def test_an_ending_that_changes_the_stem_is_held_for_the_relevance():
-    word = QueryWord("secildi", "secild", "stem", 3, 5.0)
-    assert word.is_nearly_in({"secilmis"}, {"secilm"}) and not word.is_in({"secilmis"}, {"secilm"})
-    assert not word.is_nearly_in({"sec"}, {"sec"})
-    assert not QueryWord("km-2-1", "km-2-1", "name", 3, 5.0).is_nearly_in({"km-2-2"}, {"km"})
+def test_each_part_of_the_relevance_counts():
+    words = [QueryWord(name, name[:6], "stem", 3, 5.0) for name in ("secildi", "lisans", "neden")]
+    holding = ({"lisans"}, {"lisans"})
+    usual = relevance(words, *holding, 5.0, 2.0, 1000)
+    assert relevance(words, {"lisans"}, {"lisans", "secilm"}, 5.0, 2.0, 1000) > usual  # another ending
+    assert relevance(words, {"lisans"}, {"lisans", "neden"}, 5.0, 2.0, 1000) > usual
+    assert relevance(words, *holding, 9.0, 2.0, 1000) > usual
+    assert relevance(words, *holding, 5.0, 4.0, 1000) > usual > relevance(words, *holding, 5.0, 2.0, 10_000)
+    assert relevance([words[0]._replace(passages=0), *words[1:]], *holding, 5.0, 2.0, 1000) < usual
+    assert relevance(words, set(), {"secilm"}, 0.0, 2.0, 1000) == relevance(words, set(), set(), 0.0, 2.0, 1000)
+    assert relevance(words, *holding, 5.0, 2.0, 20_000) == relevance(words, *holding, 5.0, 2.0, 1_000_000)
+
+
+def test_a_pasted_log_line_does_not_hide_what_a_question_finds(ask):
+    question = "gece debisi yükselirse alarm nasıl verilir"
+    log = " 2031-04-17T03:12:44 requestId=8f3ab21c traceparent=4bf92f3577b34da6 upstream=10.42.7.19:8443 status=429"
+    for mode in ("keyword", "hybrid"):
+        assert ask(question, mode, 3)[0] == ask(question + log, mode, 3)[0] == 0, mode
+
+
+@pytest.mark.parametrize("query", ["kiM", "nE", "iS", "backUp", "rollingBack", "rollingBackBackups", "KM-99.7", "x-1"])
+def test_a_name_that_no_passage_holds_whole_is_searched_by_its_parts(ask, query):
+    status, results = ask(query, "keyword", 5)
+    assert status in (0, 1)
+    assert not results or results[0]["score"] > 0
+    if query.startswith("rollingBack"):
+        assert results[0]["source_file"] == "Docs/deployment.md"
 
 
 def test_results_stay_in_json_when_none_is_relevant(chain, capsys):
