@@ -234,9 +234,8 @@ def make_result(index: Index, place: int, rank: int, score: float, searches: lis
     """Return one result; searches: what its relevance is judged by, the query or a task's needs."""
     passage = index.passages[place]
     judged = relevances(index, searches, place)
-    if request.mode in ("hybrid", "task"):
-        score = 1 / (1 + math.exp(-score))
-    result = {"rank": rank, "score": round(score, 6), "relevance": round(max(judged), 4)}
+    shown = 1 / (1 + math.exp(-score)) if request.mode in ("hybrid", "task") else score
+    result = {"rank": rank, "score": round(shown, 6), "relevance": round(max(judged), 4)}
     result |= {name: passage[name] for name in ("id", "source_file", "also_in")} | {"near_copies": []}
     result |= {"heading": " > ".join(passage["heading"])}
     result |= {name: passage[name] for name in ("chunk_index", "start_line", "end_line", "text")}
@@ -245,7 +244,10 @@ def make_result(index: Index, place: int, rank: int, score: float, searches: lis
     if request.context:
         result["context"] = neighbours(index, place, request.context)
     if request.explain:
-        result["explain"] = explain(index, place, searches[judged.index(max(judged))])
+        need = judged.index(max(judged))
+        result["explain"] = explain(index, place, searches[need])
+        if len(searches) > 1:
+            result["explain"] |= {"need": need, "total": round(score, 4)}
     return result
 
 
@@ -565,6 +567,8 @@ def explanation(values: dict) -> str:
         by_words = "" if values["standard_keyword"] is None else f" {values['standard_keyword']:.2f}"
         parts.append(f"{1 - weight:.2f} × words{by_words} (keyword score {values['keyword']:.2f})")
     total = "" if values["combined"] is None else f" = {values['combined']:.3f}"
+    if "need" in values:
+        total += f" for need {values['need'] + 1}, {values['total']:.3f} for the whole description"
     found, missing = (", ".join(values[name]) or "none" for name in ("found", "missing"))
     return f"{' + '.join(parts)}{total}; words found: {found}; not found: {missing}"
 

@@ -367,6 +367,16 @@ def test_an_explanation_adds_up(ask):
     assert (first["found"], first["missing"]) == (["yedek", "parca"], ["zurafa"])
 
 
+def test_an_explanation_of_a_task_names_the_need_and_the_score_that_the_result_has(ask):
+    task = "Gece debisini ölç. Yedeği geri yükle. Bütçeyi onaylat. Roll back a failed release. Raporu teslim et."
+    status, results = ask(task, "task", 5, "--explain")
+    assert status == 0 and results
+    for result in results:
+        values = result["explain"]
+        assert 0 <= values["need"] < 5
+        assert result["score"] == pytest.approx(1 / (1 + math.exp(-values["total"])), abs=0.001)
+
+
 def test_the_fitted_weight_of_the_index_is_used_unless_config_names_one(index_of, monkeypatch, capsys):
     index = index_of(None, search={"semantic_weight": 0.75})
     assert index.header["search"] == {"semantic_weight": 0.75}
