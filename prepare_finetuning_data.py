@@ -853,6 +853,7 @@ def find_answers(questions: list[tuple[str, Question]], passages: list[Passage])
             by_shingle[shingle].append(passage)
 
     def by_text(text: str, question: str) -> Passage | None:
+        """Return the passage that holds most of the text or lies in it, of several that with most of the question."""
         own = shingles(plain_text(text))
         shared = Counter(passage for shingle in own for passage in by_shingle.get(shingle, []))
         words = {word[:6] for word in WORD.findall(fold(question))}

@@ -1482,16 +1482,18 @@ def evaluate_questions(options: argparse.Namespace) -> dict:
     answers = dict(find_answers([(place, one) for place, one in asked if one.passage.strip()], passages))
     texts = list(dict.fromkeys(" ".join(one.question.split()) for _, one in asked))
     known = [place for place, text in enumerate(texts) if text in answers]
+    right = [answers[texts[place]] for place in known]
     answered = [
-        Query(texts[place], answers[texts[place]].model_text, "question", answers[texts[place]].source_file)
-        for place in known
+        Query(texts[place], passage.model_text, "question", passage.source_file)
+        for place, passage in zip(known, right, strict=True)
     ]
     searched = HeldOut(answered, [CorpusPassage(text, passage.source_file) for text, passage in distinct.items()])
     base, saved, kept_base = load_base_and_saved(options)
     vectors = [searched.vectors(model, texts) for model in (base, saved)]
     scores = [queries @ passages.T for queries, passages in vectors]
+    found = list(distinct.values())
     for place, text in enumerate(texts) if not options.quiet else ():
-        print_side_by_side(text, [own[place] for own in scores], list(distinct.values()), answers.get(text))
+        print_side_by_side(text, [own[place] for own in scores], found, answers.get(text))
     return compare(answered, *(searched.ranks(own[known]) for own in scores), kept_base, options.seed)
 
 
