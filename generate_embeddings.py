@@ -88,59 +88,40 @@ def distinct_passages(
     root = documents_root.resolve()
     order = {name: place for place, name in enumerate(documents)}
     unchanged = {name for name, state in documents.items() if documents_before.get(name, [None])[-1] == state[-1]}
-    records, to_cut = kept_records(before, unchanged)
-    to_cut |= documents.keys() - unchanged
+    records: dict[str, dict] = {}
+    to_cut = documents.keys() - unchanged
+    for record in before:
+        files = {record["source_file"], *record["also_in"]}
+        if files <= unchanged:
+            records[record["hash"]] = record
+        else:  # where the text stands in its other files is not on record
+            to_cut |= files & unchanged
     for name in tqdm(sorted(to_cut, key=order.get), "reading", unit="file", disable=None, leave=False, delay=2):
         text = read_document(root / name, max_mb)
         for passage in cut_passages(text, name, max_chars) if text is not None else ():
             add_passage(records, passage, order)
-    placed = [record for record in records.values() if record["chunk_index"] is not None]  # not so in a vanished file
-    if not placed:
+    if not records:
         raise UserError(f"the documents in {documents_root} hold no text; see the warnings above")
-    return sorted(placed, key=lambda record: (order[record["source_file"]], record["chunk_index"]))
-
-
-def kept_records(before: list[dict], unchanged: set[str]) -> tuple[dict[str, dict], set[str]]:
-    """Return the records that the unchanged documents share in, by hash, and the documents to cut for their places.
-
-    Where the first document with a text has changed, an unchanged one takes its place, but where the text stands in
-    that one is not on record: its chunk_index is None until it is cut.
-    """
-    records: dict[str, dict] = {}
-    to_cut: set[str] = set()
-    for record in before:
-        files = [name for name in (record["source_file"], *record["also_in"]) if name in unchanged]
-        if files:
-            if files[0] != record["source_file"]:
-                record["chunk_index"] = None
-                to_cut.add(files[0])
-            record["source_file"], record["also_in"] = files[0], files[1:]
-            records[record["hash"]] = record
-    return records, to_cut
+    return sorted(records.values(), key=lambda record: (order[record["source_file"]], record["chunk_index"]))
 
 
 def add_passage(records: dict[str, dict], passage: Passage, order: dict[str, int]) -> None:
     """Add a passage to the records by hash; the first document that has it is its source, the others its also_in."""
     digest = hashlib.sha256("\n".join([*passage.heading, passage.text]).encode()).hexdigest()[:32]
-    record = records.setdefault(
-        digest,
-        {
-            "id": digest[:16],
-            "source_file": passage.source_file,
-            "also_in": [],
-            "heading": list(passage.heading),
-            "chunk_index": None,
-            "start_line": passage.start_line,
-            "end_line": passage.end_line,
-            "text": passage.text,
-            "hash": digest,
-        },
-    )
-    first, *others = sorted({passage.source_file, record["source_file"], *record["also_in"]}, key=order.get)
-    if first == passage.source_file and (record["chunk_index"] is None or first != record["source_file"]):
-        record["chunk_index"] = passage.chunk_index
-        record["start_line"], record["end_line"] = passage.start_line, passage.end_line
-    record["source_file"], record["also_in"] = first, others
+    own = {
+        "id": digest[:16],
+        "source_file": passage.source_file,
+        "also_in": [],
+        "heading": list(passage.heading),
+        "chunk_index": passage.chunk_index,
+        "start_line": passage.start_line,
+        "end_line": passage.end_line,
+        "text": passage.text,
+        "hash": digest,
+    }
+    known = records.setdefault(digest, own)
+    first, *others = sorted({passage.source_file, known["source_file"], *known["also_in"]}, key=order.get)
+    records[digest] = (known if first == known["source_file"] else own) | {"also_in": others}
 
 
 # ------------------------------------------------------------------------------------------ the encoder
@@ -249,40 +230,26 @@ def joined_processes() -> Iterator[int]:
     dist.init_process_group("gloo")
     try:
         yield dist.get_rank()
-        for rank in range(1, dist.get_world_size()) if dist.get_rank() == 0 else ():
-            send_texts(rank, [])
+        if dist.get_rank() == 0:
+            dist.scatter_object_list([None], [None] * dist.get_world_size())  # the work is done
     except RuntimeError as error:
         raise UserError(f"a process of this run died ({str(error).splitlines()[0]}); run again to go on") from None
     finally:
         dist.destroy_process_group()
 
 
-def send_texts(rank: int, message: list) -> None:
-    """Send a list of strings to a rank as JSON; an empty one ends its work."""
-    import torch
-    import torch.distributed as dist
-
-    content = torch.frombuffer(bytearray(orjson.dumps(message)), dtype=torch.uint8)
-    dist.send(torch.tensor([len(content)]), rank)
-    dist.send(content, rank)
-
-
 def encode_for_rank_0(device: str | None) -> None:
-    """Embed the lots that rank 0 sends, until it sends an empty one."""
-    import torch
+    """Embed the lots that rank 0 hands out, until there are no more."""
     import torch.distributed as dist
 
-    encode = None
+    encode, job = None, [None]
     while True:
-        length = torch.zeros(1, dtype=torch.int64)
-        dist.recv(length, 0)
-        content = torch.empty(int(length), dtype=torch.uint8)
-        dist.recv(content, 0)
-        if not (message := orjson.loads(content.numpy().tobytes())):
+        dist.scatter_object_list(job)
+        if job[0] is None:
             return
-        source, folder, *texts = message
-        encode = encode or encoding_function(Path(source), Path(folder), device)
-        dist.send(torch.from_numpy(encode(texts)), 0)
+        source, folder, texts = job[0]
+        encode = encode or encoding_function(source, folder, device)
+        dist.gather_object(encode(texts) if texts else None)
 
 
 def encode_lots(
@@ -292,22 +259,18 @@ def encode_lots(
     ranks = processes()
     encode = encoding_function(source, folder, device) if lots else None
     for start in range(0, len(lots), ranks):
-        mine, *theirs = lots[start : start + ranks]
-        for rank, lot in enumerate(theirs, 1):
-            send_texts(rank, [str(source.resolve()), str(folder.resolve()), *texts_of(lot)])
-        vectors = encode(texts_of(mine))
-        yield mine, vectors
-        for rank, lot in enumerate(theirs, 1):
-            import torch
+        round_lots = lots[start : start + ranks]
+        texts = [[text_for_model(record["heading"], record["text"]) for record in lot] for lot in round_lots]
+        vectors: list[np.ndarray | None] = [None] * ranks
+        if ranks == 1:
+            vectors[0] = encode(texts[0])
+        else:
             import torch.distributed as dist
 
-            received = torch.empty((len(lot), vectors.shape[1]))
-            dist.recv(received, rank)
-            yield lot, received.numpy()
-
-
-def texts_of(records: list[dict]) -> list[str]:
-    return [text_for_model(record["heading"], record["text"]) for record in records]
+            texts += [[]] * (ranks - len(texts))  # some have nothing to do in the last round
+            dist.scatter_object_list([None], [(source.resolve(), folder.resolve(), own) for own in texts])
+            dist.gather_object(encode(texts[0]), vectors)
+        yield from zip(round_lots, vectors, strict=False)
 
 
 # -------------------------------------------------------------------------------------------- the vectors
@@ -498,14 +461,13 @@ def backup_files(index_dir: Path) -> list[Path]:
 
 
 def readable_indexes(index_dir: Path) -> list[tuple[Path, dict]]:
-    """Return metadata file and header of the index and of its backups that can be read, newest first."""
-    found = [(index_dir / METADATA, read_header(index_dir / METADATA))]
-    for path in backup_files(index_dir):
+    """Return metadata file and header of the index and of its backups, those that can be read, newest first."""
+    found: dict[str, tuple[Path, dict]] = {}
+    for path in (index_dir / METADATA, *backup_files(index_dir)):
         with contextlib.suppress(UserError):
             header = read_header(path)
-            if header["id"] != found[0][1]["id"]:  # else it is a copy made for a commit that did not come
-                found.append((path, header))
-    return found
+            found.setdefault(header["id"], (path, header))  # a commit that did not come leaves a copy of the index
+    return list(found.values())
 
 
 def restore(index_dir: Path) -> dict:
@@ -710,6 +672,12 @@ def load_index(index_dir: Path) -> Index:
 
 def list_backups(index_dir: Path) -> None:
     """Print the index and its backups, newest first: date, passages, size, model."""
+    try:
+        read_header(index_dir / METADATA)
+    except UserError as error:
+        if not readable_indexes(index_dir):
+            raise
+        warn(str(error))
     for path, header in readable_indexes(index_dir):
         megabytes = (sum(length for _, length, _ in header["files"].values()) + path.stat().st_size) / 1e6
         count, model = header["passage_count"], header["model"]["name"]
@@ -757,12 +725,16 @@ def current_state(documents_root: Path, paths: list[Path], name: str, source: Pa
     }
 
 
-REBUILT_FOR = {
+CUT_BY = {  # what passages depend on beside the documents
     "documents_root": "the documents root",
     "max_passage_chars": "config.MAX_PASSAGE_CHARS",
     "max_document_mb": "config.MAX_DOCUMENT_MB",
     "scripts": "the code of the scripts",
+}
+REBUILT_FOR = CUT_BY | {
     "faiss_index": "config.FAISS_INDEX",
+    "search": "the weights fitted for the search",
+    "globs": "the globs of the documents",
 }
 
 
@@ -772,17 +744,11 @@ def reasons_to_build(index_dir: Path, wanted: dict) -> list[str]:
         before = whole_header(index_dir, index_dir / METADATA)
     except UserError as error:
         return [str(error) if (index_dir / METADATA).exists() else f"no index in {index_dir} yet"]
-    found = []
-    for key, words in REBUILT_FOR.items():
-        if before[key] != wanted[key]:
-            found.append(f"{words} changed")
+    found = [f"{words} changed" for key, words in REBUILT_FOR.items() if before[key] != wanted[key]]
     if before["model"]["fingerprint"] != wanted["model"]["fingerprint"]:
         found.append("the model changed")
     elif not encoder_is_whole(index_dir / before["model"]["folder"], before["model"]):
         found.append("the model's ONNX form is gone or changed")
-    for key, words in (("search", "the weights fitted for the search"), ("globs", "the globs of the documents")):
-        if before[key] != wanted[key]:
-            found.append(f"{words} changed")
     old, new = before["documents"], wanted["documents"]
     for words, names in (
         ("added", [name for name in new if name not in old]),
@@ -804,7 +770,7 @@ def build(index_dir: Path, wanted: dict, source: Path, backups: int, device: str
     with contextlib.suppress(UserError):
         before = load_index(index_dir)
         known = known_vectors(before, model)
-        if all(before.header[key] == wanted[key] for key in REBUILT_FOR if key != "faiss_index"):
+        if all(before.header[key] == wanted[key] for key in CUT_BY):
             kept, documents_before = before.passages, before.header["documents"]
         del before
     root, limits = Path(wanted["documents_root"]), (wanted["max_passage_chars"], wanted["max_document_mb"])

@@ -371,6 +371,14 @@ def test_restore_passes_over_a_damaged_backup(built):
     assert any("Sekiz" in one["text"] for one in built.search("yüz algılayıcı ihalede")[1])
 
 
+def test_backups_are_listed_where_the_index_itself_is_damaged(built):
+    change(built)
+    assert built.build()[0] == 0
+    (built.index / "metadata.json").write_text("{", encoding="utf-8")
+    status, printed = built.manage("--list-backups")
+    assert status == 0 and len(printed.out.splitlines()) == 1 and "--restore" in printed.err
+
+
 def test_a_damaged_backup_does_not_stop_a_build(built):
     change(built)
     assert built.build()[0] == 0
