@@ -25,6 +25,7 @@ import base64
 import contextlib
 import functools
 import hashlib
+import http.client
 import importlib.util
 import io
 import itertools
@@ -33,12 +34,13 @@ import os
 import posixpath
 import random
 import re
-import socket
 import sys
 import textwrap
 import unicodedata
+import urllib.error
 import urllib.parse
 import urllib.request
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -380,10 +382,11 @@ def merge(group: list[Block]) -> Block:
 # ------------------------------------------------------------------------- copies, templates, the split
 
 
-def shingles(text: str, width: int = 5, hashed: Callable[[tuple[str, ...]], int] = hash) -> set[int]:
+def shingles(text: str, width: int = 5) -> set[int]:
     """Hashes of all runs of `width` words: texts that share many are near-copies (Broder, 1997)."""
     words = WORD.findall(fold(text))
-    return {hashed(tuple(words[i : i + width])) for i in range(max(1, len(words) - width + 1))} if words else set()
+    runs = (" ".join(words[start : start + width]) for start in range(max(1, len(words) - width + 1)))
+    return {zlib.crc32(run.encode()) for run in runs} if words else set()
 
 
 def group_copies(passages: list[Passage], min_shared: float = 0.3) -> dict[str, str]:
@@ -1112,13 +1115,15 @@ def find_model(name: str, revision: str | None, fallback: bool) -> tuple[Path, s
 
 
 def answers(address: str, timeout_seconds: float = 5) -> bool:
-    """Tell whether something accepts a connection at a web address."""
-    url = urllib.parse.urlsplit(address)
-    with contextlib.suppress(OSError):
-        port = url.port or (80 if url.scheme == "http" else 443)
-        socket.create_connection((url.hostname or "", port), timeout_seconds).close()
+    """Tell whether a web address answers, by way of the proxy where the environment names one."""
+    try:
+        request = urllib.request.Request(address, method="HEAD")
+        urllib.request.build_opener().open(request, timeout=timeout_seconds).close()
+    except urllib.error.HTTPError:  # an answer, if not a welcome one
         return True
-    return False
+    except (OSError, http.client.HTTPException):
+        return False
+    return True
 
 
 def packaged_model() -> Path:

@@ -34,7 +34,6 @@ import sys
 import textwrap
 import time
 import warnings
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -695,7 +694,7 @@ def apart_keys(pairs: list[Pair]) -> list[frozenset[str]]:
     for pair in pairs:
         section = {f"{pair.source_file}#{pair.section}"} if pair.section else set()
         certain.append({f"={fold(pair.anchor)}", f"={fold(pair.positive)}"} | section)
-        sketches = (sorted(shingles(text, hashed=stable_hash))[:3] for text in pair[:2])
+        sketches = (sorted(shingles(text))[:3] for text in pair[:2])
         heading = {f"#{template_key(pair.section.rpartition(' > ')[2])}"} if pair.section else set()
         likely.append({f"~{one}" for sketch in sketches for one in sketch} | heading)
     holders = Counter(one for keys in likely for one in keys)
@@ -704,10 +703,6 @@ def apart_keys(pairs: list[Pair]) -> list[frozenset[str]]:
         frozenset(sure | {one for one in keys if holders[one] <= usual})
         for sure, keys in zip(certain, likely, strict=True)
     ]
-
-
-def stable_hash(words: tuple[str, ...]) -> int:
-    return zlib.crc32(" ".join(words).encode())
 
 
 def plan_batches(
@@ -950,13 +945,9 @@ def progress_callback(steps: int):
         def on_train_begin(self, args, state, control, **kwargs):
             hidden = None if state.is_world_process_zero else True
             self.bar = tqdm(total=steps, initial=state.global_step, desc="training", unit="step", disable=hidden)
-            self.loss = float("nan")
 
         def on_step_end(self, args, state, control, **kwargs):
             self.bar.update(state.global_step - self.bar.n)
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            self.loss = (logs or {}).get("loss", self.loss)
 
         def on_save(self, args, state, control, **kwargs):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -965,10 +956,12 @@ def progress_callback(steps: int):
                     sync(path)
                 (folder / "complete").touch()  # what a kill cuts short lacks it
 
-        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-            value = (metrics or {}).get("eval_ndcg@10", float("nan"))
-            line = f"step {state.global_step}/{steps}: loss {self.loss:.3f}, held-out nDCG@10 {value:.3f}"
+        def on_evaluate(self, args, state, control, **kwargs):
+            row = {"loss": float("nan"), "nDCG@10": float("nan")} | history_of(state.log_history)[-1]
             if state.is_world_process_zero:
+                line = (
+                    f"step {state.global_step}/{steps}: loss {row['loss']:.3f}, held-out nDCG@10 {row['nDCG@10']:.3f}"
+                )
                 self.bar.write(line, file=sys.stderr)
 
         def on_train_end(self, args, state, control, **kwargs):
@@ -1256,22 +1249,21 @@ class Encoder:
         encoded = self.tokenizer.encode_batch(texts)
         lengths = np.array([len(one.ids) for one in encoded], dtype=np.int64)
 
-        def run(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def run(batch: np.ndarray) -> np.ndarray:
             ids = np.full((len(batch), lengths[batch[-1]]), self.padding_id, dtype=np.int64)
             mask = np.zeros_like(ids)
             for row, place in enumerate(batch):
                 ids[row, : lengths[place]] = encoded[place].ids
                 mask[row, : lengths[place]] = 1
-            return batch, self.session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+            return self.session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
 
-        vectors: np.ndarray | None = None
+        batches = list(batches_of_similar_length(lengths, batch_tokens))
         workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun sets it
         with ThreadPoolExecutor(workers) as pool:
-            for batch, output in pool.map(run, batches_of_similar_length(lengths, batch_tokens)):
-                if vectors is None:
-                    vectors = np.empty((len(texts), output.shape[1]), dtype=np.float32)
-                vectors[batch] = output
-        return vectors if vectors is not None else np.empty((0, 0), dtype=np.float32)
+            outputs = np.concatenate(list(pool.map(run, batches)))
+        vectors = np.empty_like(outputs)
+        vectors[np.concatenate(batches)] = outputs
+        return vectors
 
 
 def batches_of_similar_length(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
@@ -1325,18 +1317,15 @@ def training_budget(elapsed: float, watched: HeldOut, judged: HeldOut, max_minut
     return max_minutes * 60 - elapsed - evaluation_seconds
 
 
+SETTINGS = ("loss", "epochs", "batch_size", "learning_rate", "max_steps", "seed")  # options that decide a training
+
+
 def run_identity(options: argparse.Namespace, base_folder: Path) -> str:
     """Return a hash of all that a training depends on: an interrupted one goes on only where it is the same."""
     names = ("training_data.tsv", "evaluation_data.tsv", "corpus.tsv")
-    settings = ("loss", "epochs", "batch_size", "learning_rate", "max_steps", "seed")
-    parts = [sha256_of(options.data_dir / name) for name in names] + [getattr(options, name) for name in settings]
-    parts += [
-        model_fingerprint(base_folder),
-        config.TRAINING_TOKENS,
-        config.QUESTION_WEIGHT,
-        config.MAX_UNLABELLED_STEPS,
-    ]
-    parts.append(processes())
+    parts = [sha256_of(options.data_dir / name) for name in names] + [getattr(options, name) for name in SETTINGS]
+    parts += [config.TRAINING_TOKENS, config.QUESTION_WEIGHT, config.MAX_UNLABELLED_STEPS, processes()]
+    parts.append(model_fingerprint(base_folder))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -1376,11 +1365,10 @@ def fine_tune(
     history = train(model, columns, batches, watched, options)
     alpha, alphas = choose_weights(model, base_weights, watched) if is_first_process() else (1.0, {})
     model.max_seq_length = window
-    settings = ("loss", "epochs", "batch_size", "learning_rate", "max_steps", "seed")
     return {
         "format": 1,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": {name: getattr(options, name) for name in settings} | {"training_tokens": config.TRAINING_TOKENS},
+        "settings": {name: getattr(options, name) for name in SETTINGS} | {"training_tokens": config.TRAINING_TOKENS},
         "letters_read_plainly": mended,
         "pairs": len(pairs),
         "steps": steps,
@@ -1482,11 +1470,8 @@ def evaluate_questions(options: argparse.Namespace) -> dict:
     answers = dict(find_answers([(place, one) for place, one in asked if one.passage.strip()], passages))
     texts = list(dict.fromkeys(" ".join(one.question.split()) for _, one in asked))
     known = [place for place, text in enumerate(texts) if text in answers]
-    right = [answers[texts[place]] for place in known]
-    answered = [
-        Query(texts[place], passage.model_text, "question", passage.source_file)
-        for place, passage in zip(known, right, strict=True)
-    ]
+    right = [(texts[place], answers[texts[place]]) for place in known]
+    answered = [Query(text, passage.model_text, "question", passage.source_file) for text, passage in right]
     searched = HeldOut(answered, [CorpusPassage(text, passage.source_file) for text, passage in distinct.items()])
     base, saved, kept_base = load_base_and_saved(options)
     vectors = [searched.vectors(model, texts) for model in (base, saved)]

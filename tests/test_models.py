@@ -1,6 +1,7 @@
 """Finding a model: packaged, a folder, the hub's cache; and refusing what is broken or unsafe."""
 
 import hashlib
+import http.server
 import json
 import os
 import pickle
@@ -8,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -260,14 +262,38 @@ def test_offline_mode_does_not_ask_the_hub(monkeypatch, fallback):
             find_model(NAME, None, fallback=False)
 
 
-def test_an_address_that_does_not_answer_is_told_from_one_that_does():
+@pytest.mark.parametrize("status", [200, 404])
+def test_an_address_that_does_not_answer_is_told_from_one_that_does_also_by_a_proxy(status, monkeypatch):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            asked.append(self.path)
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    asked: list[str] = []
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_port}"
+        assert prepare.answers(place)
+        monkeypatch.setenv("http_proxy", place)
+        assert prepare.answers("http://no-such-host.invalid/")
+        assert asked[-1] == "http://no-such-host.invalid/"
+        server.shutdown()
+    monkeypatch.delenv("http_proxy")
+    assert not prepare.answers(place)
+    assert not prepare.answers("http://no-such-host.invalid")
+
+
+def test_an_address_that_accepts_and_never_answers_is_given_up():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
-        port = server.getsockname()[1]
-        assert prepare.answers(f"http://127.0.0.1:{port}")
-    assert not prepare.answers(f"http://127.0.0.1:{port}")
-    assert not prepare.answers("http://no-such-host.invalid")
+        assert not prepare.answers(f"http://127.0.0.1:{server.getsockname()[1]}", timeout_seconds=0.2)
 
 
 def test_the_window_is_read_from_whichever_file_tells_it(tiny_model, tmp_path):
