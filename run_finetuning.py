@@ -1010,26 +1010,23 @@ def choose_weights(model, base_weights: dict, choosing: HeldOut) -> tuple[float,
     return best, {alpha: float(own.mean()) for alpha, own in by_alpha.items()}
 
 
-def spread_out(model, judged: HeldOut) -> tuple[np.ndarray, bool]:
-    """Spread the model's vectors over their directions unless the queries that choose find clearly less by it.
+def spread_out(model, judged: HeldOut) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the matrix that spreads the model's vectors over their directions, and the similarities with it.
 
     The texts of one project crowd into few directions of a general model, and training narrows that little. A last
-    linear layer that half undoes it gains about as much again as the training.
-
-    Returns:
-        the judged queries' similarities by the model as it is then, and whether its vectors are spread.
+    linear layer that half undoes it gains about as much again as the training. Where the queries that choose find
+    clearly less by it, the matrix is None and the similarities are the model's own.
     """
     if len(judged.queries) < MIN_QUERIES:
-        return judged.similarities(model), False
+        return judged.similarities(model), None
     queries, passages = judged.vectors(model)
     matrix = spreading(passages)
     spread = [vectors @ matrix for vectors in (queries, passages)]
     queries_spread, passages_spread = (own / np.linalg.norm(own, axis=1, keepdims=True) for own in spread)
     before, after = queries @ passages.T, queries_spread @ passages_spread.T
     if not is_as_good(*(gains(judged.ranks(scores))["nDCG@10"][CHOOSING] for scores in (after, before))):
-        return before, False
-    add_linear(model, matrix)
-    return after, True
+        return before, None
+    return after, matrix
 
 
 def spreading(vectors: np.ndarray, power: float = 0.5, ridge: float = 0.1) -> np.ndarray:
@@ -1053,6 +1050,25 @@ def add_linear(model, matrix: np.ndarray) -> None:
     size = len(matrix)
     layer = Dense(size, size, False, torch.nn.Identity(), init_weight=torch.from_numpy(matrix)).to(model.device)
     model.insert(len(model) - isinstance(model[-1], Normalize), layer)
+
+
+CAUTIOUS_ALPHA = 0.25  # as near to its base as this, no model found less than it on people's questions to 7 projects
+
+
+def step_back(model, base_folder: Path, alpha: float) -> float:
+    """Bring a model of this alpha back to CAUTIOUS_ALPHA where it is beyond; return its alpha.
+
+    A project's own headings and sentences teach little where the base knows the language well, and spoil questions
+    that are asked in quite other words, which no held-out query shows. Without a clear gain, little is risked.
+    """
+    cautious = min(alpha, CAUTIOUS_ALPHA)
+    base_weights = load_model(base_folder, model.device).state_dict()
+    mixed = {
+        name: base_weights[name].lerp(value, cautious / alpha) if alpha and value.is_floating_point() else value
+        for name, value in model.state_dict().items()
+    }
+    model.load_state_dict(mixed)
+    return cautious
 
 
 # ------------------------------------------------------------------------------------------- the report
@@ -1423,6 +1439,23 @@ def judge(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, kept_base: bool,
     }
 
 
+def spread_or_step_back(
+    model, base_folder: Path, judged: HeldOut, base: np.ndarray, evaluation: dict, options: argparse.Namespace
+) -> np.ndarray:
+    """Spread the model's vectors, or, where its gain is not clear, step back; return its similarities."""
+    tuned, matrix = spread_out(model, judged)
+    halves = (judged.ranks(scores)[DECIDING] for scores in (base, tuned))
+    unclear = compare(judged.queries[DECIDING], *halves, False, options.seed)["verdict"] == "unchanged"
+    evaluation |= {"stepped_back": unclear, "spread": matrix is not None and not unclear}
+    if unclear:
+        print("the held-out queries do not show a clear gain: staying near the base", file=sys.stderr)
+        evaluation["alpha"] = step_back(model, base_folder, evaluation["alpha"])
+        return judged.similarities(model)
+    if matrix is not None:
+        add_linear(model, matrix)
+    return tuned
+
+
 def decide(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, kept_base: bool, options: argparse.Namespace) -> dict:
     """Return what judge does, of the base alone where the tuned model is worse; "rejected" is then the comparison."""
     result = judge(judged, base, tuned, kept_base, options) | {"rejected": None}
@@ -1579,7 +1612,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluation = fine_tune(model, pairs, watched, planned, budget_seconds, identity, options)
     if not is_first_process():
         return
-    tuned, evaluation["spread"] = spread_out(model, judged)
+    tuned = spread_or_step_back(model, base_folder, judged, base, evaluation, options)
     kept_base = evaluation["alpha"] == 0 and not evaluation["letters_read_plainly"] and not evaluation["spread"]
     result = decide(judged, base, tuned, kept_base, options)
     if result["rejected"]:

@@ -46,6 +46,7 @@ class Variant(NamedTuple):
     make_loss: Callable | None = None
     frozen: str = ""  # parameters whose name holds this are not trained
     apart: bool = True  # no two pairs of one section, template or near-copy in a batch
+    alike: bool = False  # batches of pairs of similar length, which need less padding
 
 
 def mnrl(**settings):
@@ -102,6 +103,7 @@ RECIPE = {
     "GIST, guided by the base": Variant(make_loss=guided),
     "triplets, mined by the 95 % rule": Variant(loss="triplet"),
     "word embeddings frozen": Variant(frozen="word_embeddings"),
+    "batches of similar length": Variant(alike=True),
     "64 tokens": Variant(tokens=64),
     "128 tokens": Variant(tokens=128),
 }
@@ -184,10 +186,24 @@ def trained(variant: Variant, pairs: list[prepare.Pair], steps: int, base: Path,
     rows = finetuning.plan_rows(pairs, config.EPOCHS, 1, steps * variant.batch_size, config.SEED)
     keys = finetuning.apart_keys(pairs) if variant.apart else [frozenset()] * len(pairs)
     batches = finetuning.plan_batches(rows, keys, variant.batch_size, steps, config.SEED)
+    if variant.alike:
+        batches = of_similar_length(batches, pairs)
     with replaced(variant.make_loss), contextlib.redirect_stderr(io.StringIO()):
         finetuning.train(model, finetuning.training_columns(pairs), batches, HeldOut([], []), options)
     model.max_seq_length = window
     return model
+
+
+def of_similar_length(batches: list[list[int]], pairs: list[prepare.Pair], at_once: int = 8) -> list[list[int]]:
+    """Return the batches with the rows of every eight of them exchanged by length."""
+    rng, made = random.Random(config.SEED), []
+    for start in range(0, len(batches), at_once):
+        group = batches[start : start + at_once]
+        rows = [row for batch in group for row in batch]
+        rows.sort(key=lambda row: len(pairs[row].anchor) + len(pairs[row].positive))
+        size = len(group[0])
+        made += rng.sample(cut := [rows[at : at + size] for at in range(0, len(rows), size)], len(cut))
+    return made
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY, error_line, exit_status, start_script, wait_until
 
 import config
@@ -112,10 +113,11 @@ def test_a_model_whose_vectors_crowd_is_spread_and_saved_with_the_layer(base, re
     held_out = HeldOut(queries_of(size), [CorpusPassage(f"answer {i}", "a.md") for i in range(size)])
     plain = [model.encode(list(texts), normalize_embeddings=True) for texts in (TEXTS, held_out.passages)]
     monkeypatch.setattr(HeldOut, "vectors", lambda self, model: crowded(size, 0.5))
-    scores, spread = run_finetuning.spread_out(model, held_out)
+    scores, matrix = run_finetuning.spread_out(model, held_out)
+    run_finetuning.add_linear(model, matrix)
     queries, passages = crowded(size, 0.5)
     ranks = [held_out.ranks(own) for own in (queries @ passages.T, scores)]
-    assert spread and gains(ranks[1])["nDCG@10"].mean() > gains(ranks[0])["nDCG@10"].mean()
+    assert gains(ranks[1])["nDCG@10"].mean() > gains(ranks[0])["nDCG@10"].mean()
     wanted = plain[0] @ run_finetuning.spreading(passages)
     wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
     assert np.allclose(model.encode(TEXTS, normalize_embeddings=True), wanted, atol=1e-4)
@@ -131,9 +133,9 @@ def test_vectors_stay_as_they_are_where_the_held_out_queries_would_lose_or_are_f
     def spread(count: int, vectors: tuple[np.ndarray, np.ndarray]) -> bool:
         held_out = HeldOut(queries_of(count), [CorpusPassage(f"answer {i}", "a.md") for i in range(count)])
         monkeypatch.setattr(HeldOut, "vectors", lambda self, model: vectors)
-        scores, spread = run_finetuning.spread_out(model, held_out)
+        scores, matrix = run_finetuning.spread_out(model, held_out)
         assert np.array_equal(scores, vectors[0] @ vectors[1].T)
-        return spread
+        return matrix is not None
 
     model = load_model(tiny_model, "cpu")
     modules = len(model)
@@ -568,7 +570,7 @@ def judged_models(monkeypatch, chain, tmp_path, before: float, after: float) -> 
 
     monkeypatch.setattr(HeldOut, "similarities", similarities)
     monkeypatch.setattr(run_finetuning, "choose_weights", lambda *_: (1.0, {}))
-    monkeypatch.setattr(run_finetuning, "spread_out", lambda model, judged: (judged.similarities(model), False))
+    monkeypatch.setattr(run_finetuning, "spread_out", lambda model, judged: (judged.similarities(model), None))
     return data
 
 
@@ -582,6 +584,26 @@ def test_a_model_that_searches_worse_than_the_base_is_not_shipped(chain, tmp_pat
     assert np.array_equal(kept, base)
     told = evaluation_of(tmp_path / "model")
     assert told["alpha"] == 0 and not told["spread"] and told["rejected"]["verdict"] == "worse"
+
+
+def test_without_a_clear_gain_the_model_stays_near_the_base_and_is_not_spread(chain, tmp_path, monkeypatch, capsys):
+    data = judged_models(monkeypatch, chain, tmp_path, 0.5, 0.52)
+    assert train(data, tmp_path / "model", chain.base) == 0
+    assert VERDICT.search(capsys.readouterr().out.splitlines()[-1])[1] == "unchanged"
+    told = evaluation_of(tmp_path / "model")
+    assert told["stepped_back"] and told["alpha"] == run_finetuning.CAUTIOUS_ALPHA and not told["spread"]
+    assert_same_embeddings(tmp_path / "model", TEXTS)
+    assert "stay near the base" in (tmp_path / "model" / "report.html").read_text(encoding="utf-8")
+
+
+def test_stepping_back_mixes_the_weights_with_those_of_the_base(tiny_model):
+    base, model = load_model(tiny_model, "cpu"), load_model(tiny_model, "cpu")
+    for weights in model.parameters():
+        weights.data += 1
+    assert run_finetuning.step_back(model, tiny_model, 0.5) == run_finetuning.CAUTIOUS_ALPHA
+    for own, before in zip(model.parameters(), base.parameters(), strict=True):
+        assert torch.allclose(own, before + 0.5, atol=1e-5)
+    assert run_finetuning.step_back(model, tiny_model, 0.0) == 0
 
 
 def test_a_damaged_installed_model_is_replaced(chain, tmp_path, monkeypatch):
