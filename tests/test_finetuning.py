@@ -203,12 +203,13 @@ def ask_models(chain, model_dir: Path, path: Path, lines: str, *more) -> int:
 
 def test_own_queries_are_shown_side_by_side_and_compared_where_the_answer_is_known(chain, installed, tmp_path, capsys):
     answer = "The database is dumped every night at two o'clock."
-    lines = f"question\tpassage\nevery night database\t{answer}\nbir görevi planla ve raporla\n\nnerede?\tno.md:3\n"
+    question = "the database is dumped every night at two"
+    lines = f"question\tpassage\n{question}\t{answer}\nbir görevi planla ve raporla\n\nnerede?\tno.md:3\n"
     before = snapshot(installed.parent)
     assert ask_models(chain, installed, tmp_path / "queries.tsv", lines) == 0
     out, err = capsys.readouterr()
     assert [line for line in out.splitlines() if line.startswith("question\t")] == []
-    for query in ("every night database", "bir görevi planla ve raporla", "nerede?"):
+    for query in (question, "bir görevi planla ve raporla", "nerede?"):
         assert query in out.splitlines(), query
     assert len(re.findall(r"1\. \(other: \d+\.\)", out)) == 6  # the first of both models, three times
     assert re.fullmatch(r"VERDICT (unknown|kept-base) nDCG@10 .*, 1 queries\)", out.splitlines()[-1])
