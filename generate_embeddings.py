@@ -672,13 +672,14 @@ def load_index(index_dir: Path) -> Index:
 
 def list_backups(index_dir: Path) -> None:
     """Print the index and its backups, newest first: date, passages, size, model."""
+    indexes = readable_indexes(index_dir)
     try:
         read_header(index_dir / METADATA)
     except UserError as error:
-        if not readable_indexes(index_dir):
+        if not indexes:
             raise
         warn(str(error))
-    for path, header in readable_indexes(index_dir):
+    for path, header in indexes:
         megabytes = (sum(length for _, length, _ in header["files"].values()) + path.stat().st_size) / 1e6
         count, model = header["passage_count"], header["model"]["name"]
         print(f"{header['created']}  {count:>8,} passages  {megabytes:>8.1f} MB  {model}")

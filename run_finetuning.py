@@ -1325,9 +1325,10 @@ def plan_steps(rows: int, seconds: float, budget_seconds: float, options: argpar
 def training_budget(elapsed: float, watched: HeldOut, judged: HeldOut, max_minutes: float) -> float:
     """Return the seconds that the evaluation leaves for the training; elapsed: those that searching the base took.
 
-    What follows is the search with the tuned model, four looks at the watched queries, and five mixtures of weights.
+    What follows is the search with the tuned model, once more where it steps back, four looks at the watched queries,
+    and five mixtures of weights.
     """
-    evaluation_seconds = elapsed * (1 + 9 * len(watched.passages) / max(1, len(judged.passages)))
+    evaluation_seconds = elapsed * (2 + 9 * len(watched.passages) / max(1, len(judged.passages)))
     if is_first_process():
         print(f"evaluation will take about {duration(evaluation_seconds)}, besides the training:", file=sys.stderr)
     return max_minutes * 60 - elapsed - evaluation_seconds
@@ -1445,7 +1446,7 @@ def spread_or_step_back(
     """Spread the model's vectors, or, where its gain is not clear, step back; return its similarities."""
     tuned, matrix = spread_out(model, judged)
     halves = (judged.ranks(scores)[DECIDING] for scores in (base, tuned))
-    unclear = compare(judged.queries[DECIDING], *halves, False, options.seed)["verdict"] == "unchanged"
+    unclear = compare(judged.queries[DECIDING], *halves, False, options.seed)["verdict"] in ("unchanged", "unknown")
     evaluation |= {"stepped_back": unclear, "spread": matrix is not None and not unclear}
     if unclear:
         print("the held-out queries do not show a clear gain: staying near the base", file=sys.stderr)
