@@ -948,6 +948,7 @@ def progress_callback(steps: int):
 
         def on_step_end(self, args, state, control, **kwargs):
             self.bar.update(state.global_step - self.bar.n)
+            control.should_log |= control.should_evaluate  # the last look need not be a whole quarter
 
         def on_save(self, args, state, control, **kwargs):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -334,7 +334,7 @@ def chain(tmp_path_factory, tiny_model) -> SimpleNamespace:
     assert exit_status(prepare_finetuning_data.main, [*documents, "--data-dir", made.data]) == 0
     training = ["--data-dir", made.data, "--model-dir", made.model, "--base-model", tiny_model]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert exit_status(run_finetuning.main, [*training, "--max-steps", 4, "--batch-size", 8]) == 0
+        assert exit_status(run_finetuning.main, [*training, "--max-steps", 5, "--batch-size", 8]) == 0
     made.printed = printed.getvalue()
     assert exit_status(generate_embeddings.main, [*documents, "--model", made.model, "--index-dir", made.index]) == 0
     return made
