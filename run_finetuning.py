@@ -367,12 +367,11 @@ def search_figures(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, seed: i
     """
     if len(judged.queries) < MIN_QUERIES:
         return {}, {}
-    by_base, by_words = (gains(judged.ranks(scores))["nDCG@10"] for scores in (base, judged.keyword_matrix()))
-    weight = fitted_weight(judged.queries[CHOOSING], by_base[CHOOSING], by_words[CHOOSING])
+    weight = semantic_weight(judged, base)
     before, after = (
         gains(judged.ranks(judged.hybrid_matrix(own, weight)))["nDCG@10"][DECIDING] for own in (base, tuned)
     )
-    keyword = float(by_words[DECIDING].mean())
+    keyword = float(gains(judged.ranks(judged.keyword_matrix()))["nDCG@10"][DECIDING].mean())
     return {"semantic_weight": weight}, {
         "keyword": {"base": keyword, "fine_tuned": keyword},
         "hybrid": {
@@ -381,6 +380,12 @@ def search_figures(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, seed: i
             "interval_95": list(confidence_interval(after - before, seed)),
         },
     }
+
+
+def semantic_weight(judged: HeldOut, base: np.ndarray) -> float:
+    """Return the fitted_weight for the base's similarities, from the queries that choose."""
+    found = (gains(judged.ranks(scores))["nDCG@10"][CHOOSING] for scores in (base, judged.keyword_matrix()))
+    return fitted_weight(judged.queries[CHOOSING], *found)
 
 
 def fitted_weight(queries: list[Query], by_base: np.ndarray, by_words: np.ndarray) -> float:
@@ -1011,8 +1016,8 @@ def choose_weights(model, base_weights: dict, choosing: HeldOut) -> tuple[float,
     return best, {alpha: float(own.mean()) for alpha, own in by_alpha.items()}
 
 
-def spread_out(model, judged: HeldOut) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the matrix that spreads the model's vectors over their directions, and the similarities with it.
+def spread_out(model, judged: HeldOut, power: float) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return each query's similarities with the model's vectors spread over their directions, and the matrix for it.
 
     The texts of one project crowd into few directions of a general model, and training narrows that little. A last
     linear layer that half undoes it gains about as much again as the training. Where the queries that choose find
@@ -1021,7 +1026,7 @@ def spread_out(model, judged: HeldOut) -> tuple[np.ndarray, np.ndarray | None]:
     if len(judged.queries) < MIN_QUERIES:
         return judged.similarities(model), None
     queries, passages = judged.vectors(model)
-    matrix = spreading(passages)
+    matrix = spreading(passages, power)
     spread = [vectors @ matrix for vectors in (queries, passages)]
     queries_spread, passages_spread = (own / np.linalg.norm(own, axis=1, keepdims=True) for own in spread)
     before, after = queries @ passages.T, queries_spread @ passages_spread.T
@@ -1030,7 +1035,7 @@ def spread_out(model, judged: HeldOut) -> tuple[np.ndarray, np.ndarray | None]:
     return after, matrix
 
 
-def spreading(vectors: np.ndarray, power: float = 0.5, ridge: float = 0.1) -> np.ndarray:
+def spreading(vectors: np.ndarray, power: float, ridge: float = 0.1) -> np.ndarray:
     """Return the symmetric matrix that lessens how unevenly vectors fill their directions; of shape (dimensions,
     dimensions); vectors: normalised, a row each.
 
@@ -1053,14 +1058,16 @@ def add_linear(model, matrix: np.ndarray) -> None:
     model.insert(len(model) - isinstance(model[-1], Normalize), layer)
 
 
-CAUTIOUS_ALPHA = 0.25  # as near to its base as this, no model found less than it on people's questions to 7 projects
+POWER = 0.5  # of spreading
+CAUTIOUS_ALPHA, CAUTIOUS_POWER = 0.5, 0.25  # the most for a base that knows the language, or without a clear gain
+KNOWS_LANGUAGE = 0.5  # the semantic_weight from which on it does
 
 
 def step_back(model, base_folder: Path, alpha: float) -> float:
     """Bring a model of this alpha back to CAUTIOUS_ALPHA where it is beyond; return its alpha.
 
     A project's own headings and sentences teach little where the base knows the language well, and spoil questions
-    that are asked in quite other words, which no held-out query shows. Without a clear gain, little is risked.
+    that are asked in quite other words, which no held-out query shows.
     """
     cautious = min(alpha, CAUTIOUS_ALPHA)
     base_weights = load_model(base_folder, model.device).state_dict()
@@ -1441,18 +1448,20 @@ def judge(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, kept_base: bool,
     }
 
 
-def spread_or_step_back(
+def settle(
     model, base_folder: Path, judged: HeldOut, base: np.ndarray, evaluation: dict, options: argparse.Namespace
 ) -> np.ndarray:
-    """Spread the model's vectors, or, where its gain is not clear, step back; return its similarities."""
-    tuned, matrix = spread_out(model, judged)
-    halves = (judged.ranks(scores)[DECIDING] for scores in (base, tuned))
-    unclear = compare(judged.queries[DECIDING], *halves, False, options.seed)["verdict"] in ("unchanged", "unknown")
-    evaluation |= {"stepped_back": unclear, "spread": matrix is not None and not unclear}
-    if unclear:
-        print("the held-out queries do not show a clear gain: staying near the base", file=sys.stderr)
+    """Spread the model's vectors, more cautiously and near the base's weights where needed; return its similarities."""
+    reason = "known language" if semantic_weight(judged, base) >= KNOWS_LANGUAGE else None
+    if not reason:
+        tuned, matrix = spread_out(model, judged, POWER)
+        halves = (judged.ranks(scores)[DECIDING] for scores in (base, tuned))
+        verdict = compare(judged.queries[DECIDING], *halves, False, options.seed)["verdict"]
+        reason = "no clear gain" if verdict in ("unchanged", "unknown") else None
+    if reason:
         evaluation["alpha"] = step_back(model, base_folder, evaluation["alpha"])
-        return judged.similarities(model)
+        tuned, matrix = spread_out(model, judged, CAUTIOUS_POWER)
+    evaluation |= {"stepped_back": reason, "spread": matrix is not None}
     if matrix is not None:
         add_linear(model, matrix)
     return tuned
@@ -1614,7 +1623,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluation = fine_tune(model, pairs, watched, planned, budget_seconds, identity, options)
     if not is_first_process():
         return
-    tuned = spread_or_step_back(model, base_folder, judged, base, evaluation, options)
+    tuned = settle(model, base_folder, judged, base, evaluation, options)
     kept_base = evaluation["alpha"] == 0 and not evaluation["letters_read_plainly"] and not evaluation["spread"]
     result = decide(judged, base, tuned, kept_base, options)
     if result["rejected"]:

@@ -31,7 +31,7 @@ sys.path.insert(0, str(REPOSITORY))
 import config
 import prepare_finetuning_data as prepare
 import run_finetuning as finetuning
-from run_finetuning import HeldOut, gains, load_model, spreading
+from run_finetuning import POWER, HeldOut, gains, load_model, spreading
 
 
 class Variant(NamedTuple):
@@ -147,7 +147,7 @@ class Questions:
             model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
             for texts in (self.queries, self.passages)
         )
-        matrix = spreading(passages)
+        matrix = spreading(passages, POWER)
         spread = [own @ matrix for own in (queries, passages)]
         return self.ndcg(queries, passages), self.ndcg(*(own / np.linalg.norm(own, axis=1)[:, None] for own in spread))
 

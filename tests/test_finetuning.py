@@ -93,7 +93,7 @@ def test_spreading_takes_the_root_of_how_unevenly_vectors_fill_their_directions(
     assert half / half[0] == pytest.approx(np.sqrt(before / before[0]), rel=1e-3)
     assert whole == pytest.approx(whole.mean(), rel=1e-3)
     assert run_finetuning.spreading(vectors, 0.0) == pytest.approx(np.eye(6), abs=1e-5)
-    few = run_finetuning.spreading(vectors[:2])
+    few = run_finetuning.spreading(vectors[:2], 0.5)
     assert np.linalg.cond(few) < 10, "directions of which two vectors tell nothing are not blown up"
 
 
@@ -113,12 +113,12 @@ def test_a_model_whose_vectors_crowd_is_spread_and_saved_with_the_layer(base, re
     held_out = HeldOut(queries_of(size), [CorpusPassage(f"answer {i}", "a.md") for i in range(size)])
     plain = [model.encode(list(texts), normalize_embeddings=True) for texts in (TEXTS, held_out.passages)]
     monkeypatch.setattr(HeldOut, "vectors", lambda self, model: crowded(size, 0.5))
-    scores, matrix = run_finetuning.spread_out(model, held_out)
+    scores, matrix = run_finetuning.spread_out(model, held_out, 0.5)
     run_finetuning.add_linear(model, matrix)
     queries, passages = crowded(size, 0.5)
     ranks = [held_out.ranks(own) for own in (queries @ passages.T, scores)]
     assert gains(ranks[1])["nDCG@10"].mean() > gains(ranks[0])["nDCG@10"].mean()
-    wanted = plain[0] @ run_finetuning.spreading(passages)
+    wanted = plain[0] @ run_finetuning.spreading(passages, 0.5)
     wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
     assert np.allclose(model.encode(TEXTS, normalize_embeddings=True), wanted, atol=1e-4)
     run_finetuning.save_with_onnx(model, tmp_path / "model", TEXTS)
@@ -133,7 +133,7 @@ def test_vectors_stay_as_they_are_where_the_held_out_queries_would_lose_or_are_f
     def spread(count: int, vectors: tuple[np.ndarray, np.ndarray]) -> bool:
         held_out = HeldOut(queries_of(count), [CorpusPassage(f"answer {i}", "a.md") for i in range(count)])
         monkeypatch.setattr(HeldOut, "vectors", lambda self, model: vectors)
-        scores, matrix = run_finetuning.spread_out(model, held_out)
+        scores, matrix = run_finetuning.spread_out(model, held_out, 0.5)
         assert np.array_equal(scores, vectors[0] @ vectors[1].T)
         return matrix is not None
 
@@ -571,7 +571,7 @@ def judged_models(monkeypatch, chain, tmp_path, before: float, after: float) -> 
 
     monkeypatch.setattr(HeldOut, "similarities", similarities)
     monkeypatch.setattr(run_finetuning, "choose_weights", lambda *_: (1.0, {}))
-    monkeypatch.setattr(run_finetuning, "spread_out", lambda model, judged: (judged.similarities(model), None))
+    monkeypatch.setattr(run_finetuning, "spread_out", lambda model, judged, power: (judged.similarities(model), None))
     return data
 
 
@@ -587,21 +587,30 @@ def test_a_model_that_searches_worse_than_the_base_is_not_shipped(chain, tmp_pat
     assert told["alpha"] == 0 and not told["spread"] and told["rejected"]["verdict"] == "worse"
 
 
-def test_without_a_clear_gain_the_model_stays_near_the_base_and_is_not_spread(chain, tmp_path, monkeypatch, capsys):
-    data = judged_models(monkeypatch, chain, tmp_path, 0.5, 0.52)
+@pytest.mark.parametrize(
+    ("before", "after", "semantic_weight", "reason"),
+    [(0.3, 0.9, 0.3, None), (0.3, 0.9, 0.7, "known language"), (0.5, 0.52, 0.3, "no clear gain")],
+)
+def test_the_model_stays_near_a_base_that_knows_the_language_and_where_no_gain_is_clear(
+    chain, tmp_path, monkeypatch, capsys, before, after, semantic_weight, reason
+):
+    data = judged_models(monkeypatch, chain, tmp_path, before, after)
+    monkeypatch.setattr(run_finetuning, "semantic_weight", lambda judged, base: semantic_weight)
     assert train(data, tmp_path / "model", chain.base) == 0
-    assert VERDICT.search(capsys.readouterr().out.splitlines()[-1])[1] == "unchanged"
+    verdict = VERDICT.search(capsys.readouterr().out.splitlines()[-1])[1]
+    assert verdict == ("improved" if after == 0.9 else "unchanged")
     told = evaluation_of(tmp_path / "model")
-    assert told["stepped_back"] and told["alpha"] == run_finetuning.CAUTIOUS_ALPHA and not told["spread"]
+    assert told["stepped_back"] == reason and told["alpha"] == (run_finetuning.CAUTIOUS_ALPHA if reason else 1)
     assert_same_embeddings(tmp_path / "model", TEXTS)
-    assert "stay near the base" in (tmp_path / "model" / "report.html").read_text(encoding="utf-8")
+    report = (tmp_path / "model" / "report.html").read_text(encoding="utf-8")
+    assert ("stay near the base" in report) == bool(reason)
 
 
 def test_stepping_back_mixes_the_weights_with_those_of_the_base(tiny_model):
     base, model = load_model(tiny_model, "cpu"), load_model(tiny_model, "cpu")
     for weights in model.parameters():
         weights.data += 1
-    assert run_finetuning.step_back(model, tiny_model, 0.5) == run_finetuning.CAUTIOUS_ALPHA
+    assert run_finetuning.step_back(model, tiny_model, 1.0) == run_finetuning.CAUTIOUS_ALPHA
     for own, before in zip(model.parameters(), base.parameters(), strict=True):
         assert torch.allclose(own, before + 0.5, atol=1e-5)
     assert run_finetuning.step_back(model, tiny_model, 0.0) == 0
