@@ -1451,8 +1451,13 @@ def judge(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, kept_base: bool,
 def settle(
     model, base_folder: Path, judged: HeldOut, base: np.ndarray, evaluation: dict, options: argparse.Namespace
 ) -> np.ndarray:
-    """Spread the model's vectors, more cautiously and near the base's weights where needed; return its similarities."""
-    reason = "known language" if semantic_weight(judged, base) >= KNOWS_LANGUAGE else None
+    """Spread the model's vectors, more cautiously and near the base's weights where needed; return its similarities.
+
+    Enough held-out questions of people's show by themselves what was learnt, in whatever language.
+    """
+    asked = sum(query.strategy == "question" for query in judged.queries)
+    known = asked < MIN_QUERIES and semantic_weight(judged, base) >= KNOWS_LANGUAGE
+    reason = "known language" if known else None
     if not reason:
         tuned, matrix = spread_out(model, judged, POWER)
         halves = (judged.ranks(scores)[DECIDING] for scores in (base, tuned))

@@ -588,13 +588,19 @@ def test_a_model_that_searches_worse_than_the_base_is_not_shipped(chain, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "semantic_weight", "reason"),
-    [(0.3, 0.9, 0.3, None), (0.3, 0.9, 0.7, "known language"), (0.5, 0.52, 0.3, "no clear gain")],
+    ("before", "after", "kind", "semantic_weight", "reason"),
+    [
+        (0.3, 0.9, "heading", 0.3, None),
+        (0.3, 0.9, "heading", 0.7, "known language"),
+        (0.3, 0.9, "question", 0.7, None),
+        (0.5, 0.52, "question", 0.3, "no clear gain"),
+    ],
 )
 def test_the_model_stays_near_a_base_that_knows_the_language_and_where_no_gain_is_clear(
-    chain, tmp_path, monkeypatch, capsys, before, after, semantic_weight, reason
+    chain, tmp_path, monkeypatch, capsys, before, after, kind, semantic_weight, reason
 ):
     data = judged_models(monkeypatch, chain, tmp_path, before, after)
+    write_tsv(data / "evaluation_data.tsv", [one._replace(strategy=kind) for one in queries_of(80)], Query._fields)
     monkeypatch.setattr(run_finetuning, "semantic_weight", lambda judged, base: semantic_weight)
     assert train(data, tmp_path / "model", chain.base) == 0
     verdict = VERDICT.search(capsys.readouterr().out.splitlines()[-1])[1]
