@@ -393,14 +393,15 @@ def fitted_weight(queries: list[Query], by_base: np.ndarray, by_words: np.ndarra
 
     The weight that is best for made-up queries is not the one for people's: they repeat their passage's words, which is
     also what training teaches. How much of what words find the base finds of them, terms aside, tells how well it knows
-    the language, and so what to expect of it for words that the passage does not repeat. MOST_SEMANTIC_WEIGHT times
-    that share came nearest to the best weights for people's questions to six sets of documents.
+    the language, and so what to expect of it for words that the passage does not repeat. These parts of that share
+    came nearest to the best weights for people's questions to nine sets of documents.
     """
     worded = np.array([query.strategy != "term" for query in queries], dtype=bool)
     found = by_words[worded].sum()
     if not found:
         return DEFAULT_SEMANTIC_WEIGHT
-    return round(MOST_SEMANTIC_WEIGHT * min(max(0.15, float(by_base[worded].sum() / found)), 1.0), 2)
+    share = min(max(0.15, float(by_base[worded].sum() / found)), 1.0)
+    return round(share * (0.85 if share >= KNOWS_LANGUAGE else 0.75), 2)
 
 
 # ------------------------------------------------------------------- scores by words (SQLite FTS5), and by both
@@ -412,7 +413,7 @@ ENDING = re.compile(r"(?<=\w)['’][^\W_]+")  # API'nin, don't
 MAX_QUERY_WORDS = 64
 CANDIDATES = 200  # passages that each of the two arms puts up for the hybrid search
 DEFAULT_SEMANTIC_WEIGHT = 0.3  # where none was fitted
-MOST_SEMANTIC_WEIGHT = 0.75
+KNOWS_LANGUAGE = 2 / 3  # a base knows the documents' language that finds this share of what words find
 MAX_POSTINGS = 20_000  # beyond, a query's commonest words are left out: they tell least and take nearly all the time
 PREFIX_LETTERS = 6  # Turkish hangs its endings on the stem: the first letters are nearly always the stem
 FUNCTION_WORDS = """
@@ -1060,7 +1061,6 @@ def add_linear(model, matrix: np.ndarray) -> None:
 
 POWER = 0.5  # of spreading
 CAUTIOUS_ALPHA, CAUTIOUS_POWER = 0.5, 0.25  # the most for a base that knows the language, or without a clear gain
-KNOWS_LANGUAGE = 0.5  # the semantic_weight from which on it does
 
 
 def step_back(model, base_folder: Path, alpha: float) -> float:
@@ -1456,7 +1456,7 @@ def settle(
     Enough held-out questions of people's show by themselves what was learnt, in whatever language.
     """
     asked = sum(query.strategy == "question" for query in judged.queries)
-    known = asked < MIN_QUERIES and semantic_weight(judged, base) >= KNOWS_LANGUAGE
+    known = asked < MIN_QUERIES and semantic_weight(judged, base) > 0.75 * KNOWS_LANGUAGE
     reason = "known language" if known else None
     if not reason:
         tuned, matrix = spread_out(model, judged, POWER)

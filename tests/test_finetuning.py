@@ -666,14 +666,13 @@ def test_too_few_queries_say_so_with_the_number_needed(capsys):
 
 
 def test_meaning_weighs_the_more_the_more_the_base_finds_of_what_words_find():
-    most = run_finetuning.MOST_SEMANTIC_WEIGHT
     queries = [query._replace(strategy="sentence") for query in queries_of(40)]
     words, nothing = np.full(40, 0.6), np.zeros(40)
     weights = [run_finetuning.fitted_weight(queries, share * words, words) for share in (0, 0.25, 0.5, 1, 1.5)]
-    assert weights == pytest.approx([0.15 * most, most / 4, most / 2, most, most], abs=0.006)
+    assert weights == pytest.approx([0.15 * 0.75, 0.75 / 4, 0.75 / 2, 0.85, 0.85], abs=0.006)
     terms = [query._replace(strategy="term") for query in queries_of(40)]
     more = [np.concatenate([one, other]) for one, other in ((words / 2, nothing), (words, words))]
-    assert run_finetuning.fitted_weight(queries + terms, *more) == pytest.approx(most / 2, abs=0.006)
+    assert run_finetuning.fitted_weight(queries + terms, *more) == pytest.approx(0.75 / 2, abs=0.006)
     for empty in ((queries, words, nothing), (terms, words, words), ([], words[:0], words[:0])):
         assert run_finetuning.fitted_weight(*empty) == run_finetuning.DEFAULT_SEMANTIC_WEIGHT
 
