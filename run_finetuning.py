@@ -367,7 +367,7 @@ def search_figures(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, seed: i
     """
     if len(judged.queries) < MIN_QUERIES:
         return {}, {}
-    weight = semantic_weight(judged, base)
+    weight = fitted_weight(language_share(judged, base))
     before, after = (
         gains(judged.ranks(judged.hybrid_matrix(own, weight)))["nDCG@10"][DECIDING] for own in (base, tuned)
     )
@@ -382,26 +382,28 @@ def search_figures(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, seed: i
     }
 
 
-def semantic_weight(judged: HeldOut, base: np.ndarray) -> float:
-    """Return the fitted_weight for the base's similarities, from the queries that choose."""
-    found = (gains(judged.ranks(scores))["nDCG@10"][CHOOSING] for scores in (base, judged.keyword_matrix()))
-    return fitted_weight(judged.queries[CHOOSING], *found)
+def language_share(judged: HeldOut, base: np.ndarray) -> float | None:
+    """Return how much the base finds, terms aside, of what words find for the queries that choose; None for nothing.
+
+    It tells how well the base knows the documents' language. base: its similarities.
+    """
+    by_base, by_words = (gains(judged.ranks(scores))["nDCG@10"] for scores in (base, judged.keyword_matrix()))
+    worded = [place for place in range(len(judged.queries))[CHOOSING] if judged.queries[place].strategy != "term"]
+    found = by_words[worded].sum()
+    return float(by_base[worded].sum() / found) if found else None
 
 
-def fitted_weight(queries: list[Query], by_base: np.ndarray, by_words: np.ndarray) -> float:
-    """Return hybrid search's weight of the meaning; by_base, by_words: each query's nDCG@10 by the base, by keywords.
+def fitted_weight(share: float | None) -> float:
+    """Return hybrid search's weight of the meaning for a language_share.
 
     The weight that is best for made-up queries is not the one for people's: they repeat their passage's words, which is
-    also what training teaches. How much of what words find the base finds of them, terms aside, tells how well it knows
-    the language, and so what to expect of it for words that the passage does not repeat. These parts of that share
-    came nearest to the best weights for people's questions to nine sets of documents.
+    also what training teaches. How well the base knows the language tells what to expect of it for words that the
+    passage does not repeat. These parts of the share came nearest to the best weights for people's questions to nine
+    sets of documents.
     """
-    worded = np.array([query.strategy != "term" for query in queries], dtype=bool)
-    found = by_words[worded].sum()
-    if not found:
+    if share is None:
         return DEFAULT_SEMANTIC_WEIGHT
-    share = min(max(0.15, float(by_base[worded].sum() / found)), 1.0)
-    return round(share * (0.85 if share >= KNOWS_LANGUAGE else 0.75), 2)
+    return round(min(max(0.15, share), 1.0) * (0.85 if share >= KNOWS_LANGUAGE else 0.75), 2)
 
 
 # ------------------------------------------------------------------- scores by words (SQLite FTS5), and by both
@@ -413,7 +415,7 @@ ENDING = re.compile(r"(?<=\w)['’][^\W_]+")  # API'nin, don't
 MAX_QUERY_WORDS = 64
 CANDIDATES = 200  # passages that each of the two arms puts up for the hybrid search
 DEFAULT_SEMANTIC_WEIGHT = 0.3  # where none was fitted
-KNOWS_LANGUAGE = 2 / 3  # a base knows the documents' language that finds this share of what words find
+KNOWS_LANGUAGE = 2 / 3  # the language_share from which on a base knows the documents' language
 MAX_POSTINGS = 20_000  # beyond, a query's commonest words are left out: they tell least and take nearly all the time
 PREFIX_LETTERS = 6  # Turkish hangs its endings on the stem: the first letters are nearly always the stem
 FUNCTION_WORDS = """
@@ -1456,7 +1458,7 @@ def settle(
     Enough held-out questions of people's show by themselves what was learnt, in whatever language.
     """
     asked = sum(query.strategy == "question" for query in judged.queries)
-    known = asked < MIN_QUERIES and semantic_weight(judged, base) > 0.75 * KNOWS_LANGUAGE
+    known = asked < MIN_QUERIES and (language_share(judged, base) or 0) >= KNOWS_LANGUAGE
     reason = "known language" if known else None
     if not reason:
         tuned, matrix = spread_out(model, judged, POWER)
@@ -1464,6 +1466,7 @@ def settle(
         verdict = compare(judged.queries[DECIDING], *halves, False, options.seed)["verdict"]
         reason = "no clear gain" if verdict in ("unchanged", "unknown") else None
     if reason:
+        print(f"staying near the base: {reason}", file=sys.stderr)
         evaluation["alpha"] = step_back(model, base_folder, evaluation["alpha"])
         tuned, matrix = spread_out(model, judged, CAUTIOUS_POWER)
     evaluation |= {"stepped_back": reason, "spread": matrix is not None}

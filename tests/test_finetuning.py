@@ -588,7 +588,7 @@ def test_a_model_that_searches_worse_than_the_base_is_not_shipped(chain, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "kind", "semantic_weight", "reason"),
+    ("before", "after", "kind", "share", "reason"),
     [
         (0.3, 0.9, "heading", 0.3, None),
         (0.3, 0.9, "heading", 0.7, "known language"),
@@ -597,11 +597,11 @@ def test_a_model_that_searches_worse_than_the_base_is_not_shipped(chain, tmp_pat
     ],
 )
 def test_the_model_stays_near_a_base_that_knows_the_language_and_where_no_gain_is_clear(
-    chain, tmp_path, monkeypatch, capsys, before, after, kind, semantic_weight, reason
+    chain, tmp_path, monkeypatch, capsys, before, after, kind, share, reason
 ):
     data = judged_models(monkeypatch, chain, tmp_path, before, after)
     write_tsv(data / "evaluation_data.tsv", [one._replace(strategy=kind) for one in queries_of(80)], Query._fields)
-    monkeypatch.setattr(run_finetuning, "semantic_weight", lambda judged, base: semantic_weight)
+    monkeypatch.setattr(run_finetuning, "language_share", lambda judged, base: share)
     assert train(data, tmp_path / "model", chain.base) == 0
     verdict = VERDICT.search(capsys.readouterr().out.splitlines()[-1])[1]
     assert verdict == ("improved" if after == 0.9 else "unchanged")
@@ -665,16 +665,28 @@ def test_too_few_queries_say_so_with_the_number_needed(capsys):
     assert printed[-1].startswith("VERDICT unknown nDCG@10 0.000 -> 1.000")
 
 
-def test_meaning_weighs_the_more_the_more_the_base_finds_of_what_words_find():
-    queries = [query._replace(strategy="sentence") for query in queries_of(40)]
-    words, nothing = np.full(40, 0.6), np.zeros(40)
-    weights = [run_finetuning.fitted_weight(queries, share * words, words) for share in (0, 0.25, 0.5, 1, 1.5)]
+def test_meaning_weighs_the_more_the_more_the_base_finds_of_what_words_find(monkeypatch):
+    size = 80
+    corpus = [CorpusPassage(f"answer {i}", "a.md") for i in range(size)]
+
+    def scores(found: range) -> np.ndarray:
+        return np.where(np.isin(np.arange(size), found)[:, None], np.eye(size), 1 - np.eye(size))
+
+    def weight(kinds: list[str], by_base: range, by_words: range) -> float:
+        queries = [one._replace(strategy=kind) for one, kind in zip(queries_of(size), kinds, strict=True)]
+        monkeypatch.setattr(HeldOut, "keyword_matrix", lambda self: scores(by_words))
+        judged = HeldOut(queries, corpus)
+        return run_finetuning.fitted_weight(run_finetuning.language_share(judged, scores(by_base)))
+
+    sentences, half = ["sentence"] * size, range(40)
+    weights = [weight(sentences, range(count), half) for count in (0, 10, 20, 40, 60)]
     assert weights == pytest.approx([0.15 * 0.75, 0.75 / 4, 0.75 / 2, 0.85, 0.85], abs=0.006)
-    terms = [query._replace(strategy="term") for query in queries_of(40)]
-    more = [np.concatenate([one, other]) for one, other in ((words / 2, nothing), (words, words))]
-    assert run_finetuning.fitted_weight(queries + terms, *more) == pytest.approx(0.75 / 2, abs=0.006)
-    for empty in ((queries, words, nothing), (terms, words, words), ([], words[:0], words[:0])):
-        assert run_finetuning.fitted_weight(*empty) == run_finetuning.DEFAULT_SEMANTIC_WEIGHT
+    assert weight(["sentence"] * 40 + ["term"] * 40, range(20, 80), range(80)) == pytest.approx(0.75 / 2, abs=0.006)
+    for kinds, by_words in ((sentences, range(0)), (["term"] * size, half)):
+        assert weight(kinds, half, by_words) == run_finetuning.DEFAULT_SEMANTIC_WEIGHT
+    nothing = HeldOut([], corpus)
+    monkeypatch.undo()
+    assert run_finetuning.language_share(nothing, np.zeros((0, size))) is None
 
 
 def test_an_answer_that_is_not_in_the_corpus_is_an_error():
