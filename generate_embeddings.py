@@ -640,6 +640,15 @@ class Index:
         return self.vectors.reconstruct_batch(np.linspace(0, count - 1, min(count, 2000)).astype(np.int64))
 
     @functools.cached_property
+    def usual_similarity(self) -> float:
+        """The cosine of a passage and the nearest from elsewhere in the index: the median of 500; 1 for one passage."""
+        count = len(self.sample_vectors)
+        places = np.arange(0, count, max(1, count // 500))
+        elsewhere = abs(places[:, None] - np.arange(count)) > count // 50
+        nearest = np.where(elsewhere, self.sample_vectors[places] @ self.sample_vectors.T, -1).max(axis=1)
+        return max(float(np.median(nearest)), 0.0) or 1.0
+
+    @functools.cached_property
     def keywords(self) -> sqlite3.Connection:
         place = "{}?mode=ro&immutable=1"
         return self.open_part("keywords", lambda path: sqlite3.connect(place.format(path.resolve().as_uri()), uri=True))

@@ -188,25 +188,26 @@ class HeldOut:
         return np.where((ranks <= 10) & np.isfinite(own), ranks, 0)
 
     @functools.cached_property
-    def words(self) -> list[dict[int, float]]:
-        """Each query's keyword scores."""
+    def words(self) -> list[tuple[dict[int, float], float]]:
+        """Each query's keyword scores, and how much of it one passage holds."""
         database = write_keywords(":memory:", (("", text) for text in self.passages))
         return [keyword_scores(database, query.query, CANDIDATES) for query in self.queries]
 
     def keyword_matrix(self) -> np.ndarray:
         """Return the keyword scores like similarities, -inf where no word of the query is found."""
         scores = np.full((len(self.queries), len(self.passages)), -np.inf)
-        for row, words in zip(scores, self.words, strict=True):
+        for row, (words, _) in zip(scores, self.words, strict=True):
             row[list(words)] = list(words.values())
         return scores
 
     def hybrid_matrix(self, similarities: np.ndarray, semantic_weight: float) -> np.ndarray:
         """Return the scores of hybrid search like similarities, -inf where a passage is no candidate."""
         scores = np.full(similarities.shape, -np.inf)
-        for row, own, words in zip(scores, similarities, self.words, strict=True):
+        for row, own, (words, held) in zip(scores, similarities, self.words, strict=True):
             nearest = np.argsort(-own, kind="stable")[:CANDIDATES]
             meaning = {int(place): float(own[place]) for place in [*nearest, *words]}
-            combined = combined_scores(meaning, words, float(own.mean()), float(own.std()), semantic_weight)
+            weight = weight_for_query(semantic_weight, held)
+            combined = combined_scores(meaning, words, float(own.mean()), float(own.std()), weight)
             row[list(combined)] = list(combined.values())
         return scores
 
@@ -403,7 +404,7 @@ def fitted_weight(share: float | None) -> float:
     """
     if share is None:
         return DEFAULT_SEMANTIC_WEIGHT
-    return round(min(max(0.15, share), 1.0) * (0.85 if share >= KNOWS_LANGUAGE else 0.75), 2)
+    return round(min(max(0.15, share), 1.0) * (0.8 if share >= KNOWS_LANGUAGE else 0.5), 2)
 
 
 # ------------------------------------------------------------------- scores by words (SQLite FTS5), and by both
@@ -551,11 +552,12 @@ def stem_or_beginning(database: sqlite3.Connection, word: str) -> tuple[str, str
     return stem, "stem", holders
 
 
-def keyword_scores(database: sqlite3.Connection, query: str, count: int) -> dict[int, float]:
+def keyword_scores(database: sqlite3.Connection, query: str, count: int) -> tuple[dict[int, float], float]:
     """Return the keyword scores of the passages with the best BM25 (SQLite FTS5), by their place; higher is better.
 
     A score is BM25 times the share of the words' weight that the passage holds, like the coordination factor of early
     versions of Lucene: in a long description, many of its words come before a rare one that stands there by chance.
+    The second value is the largest share, 1 where nothing is known of it.
     """
     words: list[QueryWord] = []
     postings = 0
@@ -564,7 +566,7 @@ def keyword_scores(database: sqlite3.Connection, query: str, count: int) -> dict
         if len(words) < 2 or postings <= MAX_POSTINGS:
             words.append(word)
     if not words:
-        return {}
+        return {}, 1.0
     terms = (f'"{word.term}"' + " *" * (word.kind == "beginning") for word in words)
     one_by_one = [
         f'({{heading stems}}: {term} OR exact: "{word.word}")' for term, word in zip(terms, words, strict=True)
@@ -578,9 +580,19 @@ def keyword_scores(database: sqlite3.Connection, query: str, count: int) -> dict
             for (row,) in database.execute(holding, (match,)):
                 share[row] += word.weight
     if not any(share.values()):  # they hold but parts of a name that no passage holds whole
-        return {row - 1: score for row, score in bm25.items()}
+        return {row - 1: score for row, score in bm25.items()}, 1.0
     total = sum(word.weight for word in words)
-    return {row - 1: score * share[row] / total for row, score in bm25.items()}
+    scores = {row - 1: score * share[row] / total for row, score in bm25.items()}
+    return scores, max(share.values()) / total
+
+
+def weight_for_query(semantic_weight: float, held: float) -> float:
+    """Return the weight of the meaning for a query, of whose words' weight one passage holds the share `held`.
+
+    The words count by that share: standard scores tell which passage holds more of them, not that none holds many, as
+    of a question in other words than the documents'.
+    """
+    return semantic_weight / (semantic_weight + (1 - semantic_weight) * held)
 
 
 def combined_scores(
@@ -604,45 +616,33 @@ def standard_scores(scores: dict[int, float]) -> dict[int, float]:
     return {place: (score - mean) / deviation for place, score in scores.items()}
 
 
-# Fitted by logistic regression on 580 human questions to six sets of documents (Turkish regulations, history and two
-# software projects, English science and software), each against the questions to the others, and, for less, on words
-# and pairs of words drawn from each set; a query stands by the likeliest of its first five passages. README.md tells
-# how far it holds on a set left out.
-RELEVANCE_WEIGHTS = {
-    "keyword": 0.36,
-    "coverage": 6.35,
-    "unknown": -0.88,
-    "found": 3.83,
-    "similarity": 0.75,
-    "size": -0.51,
-}
-RELEVANCE_INTERCEPT = -4.41
-LARGEST_FITTED = 20_000  # passages; what more of them would do to the relevance is not known
-USUAL_SIMILARITY = 2.5  # in standard deviations; stands in where no model is at hand
+# Fitted by logistic regression on people's questions to eight sets of documents (Turkish planning, regulations and
+# history, English science and software), each against the questions to the others, those of a near subject for most,
+# and, for less, on words and pairs of words drawn from each set; a query stands by the likeliest of its first five
+# passages. 0.4 is added, since to hide an answer is worse than to show none. README.md tells how far it holds.
+RELEVANCE_WEIGHTS = {"nearness": 5.87, "subject": 25.16, "coverage": 9.11, "found": 1.41}
+RELEVANCE_INTERCEPT = -8.7
+LARGEST_SUBJECT = 0.1  # vectors that were not spread lie all in one direction, which tells nothing of the query
+WITHOUT_MODEL = (0.5, 0.06)  # the nearness and subject that stand in for them
 
 
-def relevance(
-    words: list[QueryWord], exact: set[str], stems: set[str], keyword: float, similarity: float | None, passages: int
-) -> float:
+def relevance(words: list[QueryWord], exact: set[str], stems: set[str], nearness: float, subject: float) -> float:
     """Return the probability that the passage with these keyword_terms has to do with the query of these words.
 
-    similarity: cosine in standard deviations over the index, so that models can be exchanged. The more passages, the
-    more chance brings together: the keyword score is taken by the log of their number, which also counts by itself. A
-    query without words has 0.
+    nearness, subject: the query's cosine with the passage, and its mean with all passages, both as parts of what
+    passages have with their nearest (Index.usual_similarity), so that models and documents can be exchanged. A query
+    without words has 0.
     """
     weight = sum(word.weight for word in words)
     if not weight:
         return 0.0
     held = [word for word in words if word.weight and word.is_in(exact, stems)]
     near = [word for word in words if word.weight and word not in held and word.is_nearly_in(stems)] if held else []
-    size = math.log(min(passages, LARGEST_FITTED) + 1)
     features = {
-        "keyword": keyword / size,
+        "nearness": nearness,
+        "subject": min(subject, LARGEST_SUBJECT),
         "coverage": (sum(word.weight for word in held) + sum(word.weight for word in near) / 2) / weight,
-        "unknown": min(3, sum(word.weight > 0 and not word.passages for word in words)),  # a pasted log line is no more
         "found": math.log1p(len(held) + len(near) / 2),
-        "similarity": USUAL_SIMILARITY if similarity is None else similarity,
-        "size": size,
     }
     return 1 / (1 + math.exp(-RELEVANCE_INTERCEPT - sum(RELEVANCE_WEIGHTS[name] * features[name] for name in features)))
 
@@ -850,6 +850,7 @@ def training_arguments(options: argparse.Namespace, steps: int, watching: bool, 
     """Return the trainer's settings: warm-up, linear decay, and the best of four checkpoints kept."""
     import torch
     from sentence_transformers import SentenceTransformerTrainingArguments
+    from transformers.utils import is_torch_tf32_available
 
     every = max(1, -(-steps // 4))
     return SentenceTransformerTrainingArguments(
@@ -870,8 +871,8 @@ def training_arguments(options: argparse.Namespace, steps: int, watching: bool, 
         report_to="none",
         dataloader_pin_memory=False,
         use_cpu=device == "cpu",
-        bf16=device == "cuda" and torch.cuda.is_bf16_supported(),
-        tf32=True if device == "cuda" else None,
+        bf16=device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
+        tf32=is_torch_tf32_available() or None,  # True is an error where there is none
         ddp_backend=("nccl" if device == "cuda" else "gloo") if processes() > 1 else None,
     )
 

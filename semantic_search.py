@@ -60,6 +60,7 @@ from prepare_finetuning_data import plain_text, render, sentences, warn
 from run_finetuning import (
     CANDIDATES,
     DEFAULT_SEMANTIC_WEIGHT,
+    WITHOUT_MODEL,
     QueryWord,
     combined_scores,
     keyword_scores,
@@ -67,6 +68,7 @@ from run_finetuning import (
     query_words,
     relevance,
     standard_scores,
+    weight_for_query,
     words_and_names,
 )
 
@@ -93,15 +95,16 @@ class Request(NamedTuple):
 class Scored(NamedTuple):
     """The scores of one query, by place in index.passages; ranking is what the results are ordered by.
 
-    similarities: the cosines in standard deviations over the whole index.
+    mean, deviation: of the query's cosines over the whole index. Without a model there are no cosines.
     """
 
     words: list[QueryWord]
     cosines: dict[int, float]
     keyword: dict[int, float]
     ranking: dict[int, float]
-    similarities: dict[int, float]
     semantic_weight: float
+    mean: float = 0.0
+    deviation: float = 1.0
 
 
 @functools.cache
@@ -121,9 +124,9 @@ def score_passages(index: Index, query: str, request: Request) -> Scored:
     with ThreadPoolExecutor(1) as pool:  # SQLite and the encoder work at the same time
         embedding = pool.submit(index.encoder.encode, [query]) if embeds else None
         words = query_words(index.keywords, query)
-        keyword = keyword_scores(index.keywords, query, count)
+        keyword, held = keyword_scores(index.keywords, query, count)
     if embedding is None:
-        return Scored(words, {}, keyword, keyword if request.mode == "keyword" else standard_scores(keyword), {}, 0.0)
+        return Scored(words, {}, keyword, keyword if request.mode == "keyword" else standard_scores(keyword), 0.0)
     vector = embedding.result()
     scores, places = index.vectors.search(vector, count)
     cosines = {int(place): float(score) for place, score in zip(places[0], scores[0], strict=True) if place >= 0}
@@ -131,16 +134,15 @@ def score_passages(index: Index, query: str, request: Request) -> Scored:
     if lost:
         cosines |= zip(lost, cosines_of(index.vectors.reconstruct_batch(lost), vector[0]).tolist(), strict=True)
     background = cosines_of(index.sample_vectors, vector[0])
-    mean, deviation = float(background.mean()), float(background.std())
-    similarities = {place: (cosine - mean) / (deviation or 1.0) for place, cosine in cosines.items()}
+    mean, deviation = float(background.mean()), float(background.std()) or 1.0
     if request.mode == "semantic":
-        return Scored(words, cosines, keyword, cosines, similarities, 1.0)
+        return Scored(words, cosines, keyword, cosines, 1.0, mean, deviation)
     weight = request.semantic_weight
     if weight is None:
         weight = index.header["search"].get("semantic_weight", DEFAULT_SEMANTIC_WEIGHT)
-    return Scored(
-        words, cosines, keyword, combined_scores(cosines, keyword, mean, deviation, weight), similarities, weight
-    )
+    weight = weight_for_query(weight, held)
+    ranking = combined_scores(cosines, keyword, mean, deviation, weight)
+    return Scored(words, cosines, keyword, ranking, weight, mean, deviation)
 
 
 def cosines_of(vectors: np.ndarray, vector: np.ndarray) -> np.ndarray:
@@ -150,12 +152,14 @@ def cosines_of(vectors: np.ndarray, vector: np.ndarray) -> np.ndarray:
 def relevances(index: Index, searches: list[Scored], place: int) -> list[float]:
     """Return how relevant a passage is to each of the queries, from 0 to 1."""
     exact, stems = passage_terms(index.passages[place])
-    return [
-        relevance(
-            one.words, exact, stems, one.keyword.get(place, 0.0), one.similarities.get(place), len(index.passages)
-        )
-        for one in searches
-    ]
+    values = []
+    for one in searches:
+        near = WITHOUT_MODEL
+        if one.cosines:  # a passage that is no candidate is no nearer than those that are
+            cosine = one.cosines.get(place, min(one.cosines.values()))
+            near = (cosine / index.usual_similarity, one.mean / index.usual_similarity)
+        values.append(relevance(one.words, exact, stems, *near))
+    return values
 
 
 def passage_terms(passage: dict) -> tuple[set[str], set[str]]:
@@ -266,12 +270,14 @@ def explain(index: Index, place: int, scored: Scored) -> dict:
     """Return what a result's score is made of: each arm's own score, its standard score, and the words found."""
     exact, stems = passage_terms(index.passages[place])
     found = [word.word for word in scored.words if word.is_in(exact, stems)]
-    similarity, weight, combined = scored.similarities.get(place), scored.semantic_weight, scored.ranking.get(place)
-    by_words = None
-    if similarity is not None and weight < 1 and combined is not None:
-        by_words = (combined - weight * similarity) / (1 - weight)
+    cosine, weight, combined = scored.cosines.get(place), scored.semantic_weight, scored.ranking.get(place)
+    similarity = by_words = None
+    if cosine is not None:
+        similarity = (cosine - scored.mean) / scored.deviation
+        if weight < 1 and combined is not None:
+            by_words = (combined - weight * similarity) / (1 - weight)
     values = {
-        "cosine": scored.cosines.get(place),
+        "cosine": cosine,
         "standard_cosine": similarity,
         "keyword": scored.keyword.get(place, 0.0),
         "standard_keyword": by_words,
@@ -367,7 +373,7 @@ def find_entry(index: Index, task: str) -> tuple[dict | None, set[int]]:
     if len(names) != 1 or not names[0] or not any(map(str.isdigit, names[0])):
         return None, set()
     entries = []
-    for place in keyword_scores(index.keywords, task, CANDIDATES):
+    for place in keyword_scores(index.keywords, task, CANDIDATES)[0]:
         passage = index.passages[place]
         titles = [depth for depth, title in enumerate(passage["heading"], 1) if first_name(title) == names[0]]
         if titles:

@@ -19,7 +19,7 @@ from conftest import REPOSITORY, error_line, exit_status, run_script, write_docu
 import config
 import generate_embeddings
 import semantic_search
-from run_finetuning import QueryWord, relevance, standard_scores
+from run_finetuning import WITHOUT_MODEL, QueryWord, relevance, standard_scores
 from semantic_search import Request, share, split_needs
 
 MODES = ["semantic", "keyword", "hybrid", "task"]
@@ -252,22 +252,23 @@ def test_what_the_documents_do_not_tell_of_is_not_found(chain, capsys, query, re
 def test_a_passage_that_holds_all_of_a_short_query_is_relevant_however_common_its_word_is():
     common = QueryWord("gorev", "gorev", "stem", 500, math.log(1001 / 500.5))
     held, other = ({"gorevi"}, {"gorev", "plan"}), ({"plan"}, {"plan"})
-    assert relevance([common], *held, 1.0, None, 1000) > 0.5 > relevance([common], *other, 0.0, None, 1000)
+    assert relevance([common], *held, *WITHOUT_MODEL) > 0.5 > relevance([common], *other, *WITHOUT_MODEL)
     unknown = [QueryWord(name, name, "stem", 0, math.log(2002)) for name in ("kuantu", "dolani", "deneyi")]
-    assert relevance([common, *unknown], *held, 0.3, None, 1000) < 0.5
+    assert relevance([common, *unknown], *held, *WITHOUT_MODEL) < 0.5
 
 
 def test_each_part_of_the_relevance_counts():
     words = [QueryWord(name, name[:6], "stem", 3, 5.0) for name in ("secildi", "lisans", "neden")]
     holding = ({"lisans"}, {"lisans"})
-    usual = relevance(words, *holding, 5.0, 2.0, 1000)
-    assert relevance(words, {"lisans"}, {"lisans", "secilm"}, 5.0, 2.0, 1000) > usual  # another ending
-    assert relevance(words, {"lisans"}, {"lisans", "neden"}, 5.0, 2.0, 1000) > usual
-    assert relevance(words, *holding, 9.0, 2.0, 1000) > usual
-    assert relevance(words, *holding, 5.0, 4.0, 1000) > usual > relevance(words, *holding, 5.0, 2.0, 10_000)
-    assert relevance([words[0]._replace(passages=0), *words[1:]], *holding, 5.0, 2.0, 1000) < usual
-    assert relevance(words, set(), {"secilm"}, 0.0, 2.0, 1000) == relevance(words, set(), set(), 0.0, 2.0, 1000)
-    assert relevance(words, *holding, 5.0, 2.0, 20_000) == relevance(words, *holding, 5.0, 2.0, 1_000_000)
+    usual = relevance(words, *holding, 0.5, 0.05)
+    assert relevance(words, {"lisans"}, {"lisans", "secilm"}, 0.5, 0.05) > usual  # another ending
+    assert relevance(words, {"lisans"}, {"lisans", "neden"}, 0.5, 0.05) > usual
+    assert relevance(words, *holding, 0.9, 0.05) > usual > relevance(words, *holding, 0.1, 0.05)
+    assert relevance(words, *holding, 0.5, 0.09) > usual > relevance(words, *holding, 0.5, 0.01)
+    assert relevance(words, *holding, 0.5, 0.1) == relevance(words, *holding, 0.5, 0.6)  # vectors in one direction
+    assert relevance([words[0]._replace(weight=9.0), *words[1:]], *holding, 0.5, 0.05) < usual  # a rarer one lacks
+    assert relevance(words, set(), {"secilm"}, 0.5, 0.05) == relevance(words, set(), set(), 0.5, 0.05)
+    assert relevance([], set(), set(), 1.0, 0.05) == 0
 
 
 def test_a_pasted_log_line_does_not_hide_what_a_question_finds(ask):
@@ -385,6 +386,27 @@ def test_the_fitted_weight_of_the_index_is_used_unless_config_names_one(index_of
         monkeypatch.setattr(config, "SEMANTIC_WEIGHT", configured)
         assert exit_status(semantic_search.main, query) == 0
         assert json.loads(capsys.readouterr().out)["results"][0]["explain"]["semantic_weight"] == used
+
+
+def test_words_count_by_how_much_of_the_query_one_passage_holds(index_of):
+    index = index_of(None, search={"semantic_weight": 0.4})
+    weights = []
+    for query in ("yedek parça", "yedek parça zürafa", "yedek parça zürafa suaygırı timsah gergedan", "zürafa"):
+        results = semantic_search.search(index, query, Request("hybrid", 3, explain=True))["results"]
+        weights.append(results[0]["explain"]["semantic_weight"])
+    assert weights[0] == weights[-1] == 0.4 < weights[1] < weights[2] < 1  # no word of the last one is known
+
+
+def test_the_usual_similarity_of_an_index_is_that_of_neighbours(index_of):
+    index = index_of({"a.md": "# A\n\nTestler yarın yapılır.\n", "b.md": "# B\n\nA pump needs oil.\n"})
+    one, other = index.sample_vectors
+    assert index.usual_similarity == pytest.approx(float(one @ other), abs=1e-5)
+
+
+def test_an_index_of_one_passage_can_be_searched(index_of):
+    index = index_of({"a.md": "# A\n\nTestler yarın yapılır.\n"})
+    assert index.usual_similarity == 1.0
+    assert semantic_search.search(index, "testler", Request("hybrid", 3, min_relevance=0.5))["relevant"]
 
 
 @pytest.fixture
