@@ -72,7 +72,7 @@ DEVICE = None  # "cpu", "cuda", "mps", or None for the best one found
 # --------------------------------------------------------------------------------------------- search
 TOP_K = 5  # results shown
 SEARCH_MODE = "hybrid"  # semantic, keyword, hybrid or task
-SEMANTIC_WEIGHT = None  # hybrid: 0 to 1 for the meaning, the words have the rest; None: as fitted by step 2, or 0.3
+SEMANTIC_WEIGHT = None  # hybrid: 0 to 1 for the meaning, the rest for the words that are found; None: as fitted, or 0.3
 MIN_RELEVANCE = 0.5  # below it "nothing relevant found"; 0 shows whatever is nearest
 
 # ------------------------------------------------------------------------------ nothing to edit below

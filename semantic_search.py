@@ -156,7 +156,7 @@ def relevances(index: Index, searches: list[Scored], place: int) -> list[float]:
     for one in searches:
         near = WITHOUT_MODEL
         if one.cosines:  # a passage that is no candidate is no nearer than those that are
-            cosine = one.cosines.get(place, min(one.cosines.values()))
+            cosine = one.cosines[place] if place in one.cosines else min(one.cosines.values())
             near = (cosine / index.usual_similarity, one.mean / index.usual_similarity)
         values.append(relevance(one.words, exact, stems, *near))
     return values
