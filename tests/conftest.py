@@ -338,3 +338,14 @@ def chain(tmp_path_factory, tiny_model) -> SimpleNamespace:
     made.printed = printed.getvalue()
     assert exit_status(generate_embeddings.main, [*documents, "--model", made.model, "--index-dir", made.index]) == 0
     return made
+
+
+@pytest.fixture(scope="session")
+def meant(tmp_path_factory, chain) -> SimpleNamespace:
+    """The small project indexed with the packaged model, whose nearness means something."""
+    import generate_embeddings
+
+    made = SimpleNamespace(documents=chain.documents, index=tmp_path_factory.mktemp("meant") / "index")
+    arguments = ["--documents-root", made.documents, "--documents", "**/*.md", "--index-dir", made.index]
+    assert exit_status(generate_embeddings.main, [*arguments, "--model", "packaged"]) == 0
+    return made
