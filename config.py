@@ -46,7 +46,7 @@ MAX_PASSAGE_CHARS = 600  # longer blocks are cut at sentence ends; about one win
 MAX_DOCUMENT_MB = 20  # larger files are skipped with a warning
 
 # ---------------------------------------------------------------------------------------------- pairs
-PAIR_STRATEGIES = ["heading", "sentence"]  # also: neighbours, section, row, term, list, link (see README.md)
+PAIR_STRATEGIES = ["heading", "sentence", "words"]  # also: neighbours, section, row, term, list, link (README.md)
 MAX_PAIRS_PER_SECTION = 24  # of one strategy, so that a long list does not swamp the rest
 TEMPLATE_DOCUMENTS = 4  # a text found in this many unrelated documents is a template line: never trained on
 EVALUATION_SHARE = 0.3  # share of the passages, by whole documents, that training never sees; of very many, less

@@ -560,6 +560,15 @@ def take_sentences(
     return [(pieces[i], text_for_model(heading, " ".join(pieces[:i] + pieces[i + 1 :]))) for i in chosen]
 
 
+def words_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Made:
+    """Three to seven words of a passage in any order, as people type them, and what the model reads of the passage."""
+    for section in sections:
+        texts = [(text_for_model(*passage), passage[1]) for passage in section.passages]
+        for whole in [whole for whole, text in texts if len(WORD.findall(text)) > 5][:max_pairs]:
+            words = [word for word in dict.fromkeys(WORD.findall(whole)) if len(word) > 2]
+            yield section, " ".join(rng.sample(words, min(len(words), rng.randint(3, 7)))), whole
+
+
 def row_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Made:
     """A table row's longest cell, and its other cells with the names of their columns below the heading path."""
     for section in sections:
@@ -632,6 +641,7 @@ STRATEGIES: dict[str, Callable[[list[Section], int, random.Random], Made]] = {
     "section": section_pairs,
     "heading": heading_pairs,
     "sentence": sentence_pairs,
+    "words": words_pairs,
     "row": row_pairs,
     "term": term_pairs,
     "list": list_pairs,

@@ -82,6 +82,7 @@ def guided(loss, model, processes=1):
 DEFAULT = "default"
 PAIRS = {name: Variant((name,)) for name in prepare.STRATEGIES} | {
     " + ".join(config.PAIR_STRATEGIES): Variant(),
+    "heading + sentence": Variant(("heading", "sentence")),
     "section + sentence": Variant(("section", "sentence")),
     "heading + section + sentence": Variant(("heading", "section", "sentence")),
     "default, batches not kept apart": Variant(apart=False),

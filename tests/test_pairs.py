@@ -38,11 +38,13 @@ THREE = "The third paragraph is about the valves only."
 DOCUMENT = f"# Pump manual\n\n## Running\n\n{ONE}\n\n{TWO}\n\n---\n\n## Valves in general use\n\n{THREE}\n"
 
 
-def pairs_of(strategy: str, documents: dict[str, str] | None = None, max_pairs: int = 8, templates: int = 4):
+def pairs_of(
+    strategy: str, documents: dict[str, str] | None = None, max_pairs: int = 8, templates: int = 4, seed: int = 1
+):
     documents = {"a.md": DOCUMENT} if documents is None else documents
     passages = [passage for name, text in documents.items() for passage in cut_passages(text, name, 600)]
     found = find_templates(passages, group_copies(passages), templates)
-    pairs, _ = make_pairs(passages, set(), found, [strategy], max_pairs, 1)
+    pairs, _ = make_pairs(passages, set(), found, [strategy], max_pairs, seed)
     return [(pair.anchor, pair.positive) for pair in pairs]
 
 
@@ -67,6 +69,28 @@ def test_heading_pairs_lead_from_the_heading_to_each_paragraph_with_the_title_wh
 
 def test_sentence_pairs_are_a_sentence_and_the_rest_of_its_passage():
     assert pairs_of("sentence") == [(ONE, f"Pump manual > Running: {TWO}"), (TWO, f"Pump manual > Running: {ONE}")]
+
+
+def test_words_pairs_are_three_to_seven_words_of_a_passage_and_the_passage():
+    made = [pair for seed in range(40) for pair in pairs_of("words", seed=seed)]
+    assert {passage for _, passage in made} == {
+        f"Pump manual > Running: {ONE} {TWO}",
+        f"Pump manual > Valves in general use: {THREE}",
+    }
+    counts = set()
+    for anchor, passage in made:
+        words = anchor.split()
+        counts.add(len(words))
+        assert len(set(words)) == len(words) and set(words) <= set(prepare.WORD.findall(passage))
+        assert min(map(len, words)) > 2
+    assert counts == {3, 4, 5, 6, 7}
+
+
+def test_a_passage_of_five_words_or_fewer_below_a_long_heading_gives_no_words_pair():
+    assert (
+        pairs_of("words", {"a.md": "# The heading of a document has so many words\n\nOnly these five words here.\n"})
+        == []
+    )
 
 
 def test_an_unknown_strategy_is_wrong_usage(project, capsys):
@@ -108,7 +132,7 @@ def test_a_heading_that_many_documents_have_is_no_anchor():
 
 def test_a_long_section_is_capped():
     items = "\n\n".join(f"The item number {number} of a very long list of items." for number in range(40))
-    for strategy in ("section", "heading", "sentence"):
+    for strategy in ("section", "heading", "sentence", "words"):
         assert 0 < len(pairs_of(strategy, {"a.md": f"# Long list of items\n\n{items}\n"}, max_pairs=5)) <= 5, strategy
 
 
