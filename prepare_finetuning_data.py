@@ -131,8 +131,8 @@ WORD = re.compile(r"[^\W_]+")
 TABLE_RULE = re.compile(r"\s*\|?(?:\s*:?-+:?\s*\|)*\s*:?-+:?\s*\|?\s*")
 LIST_MARK = re.compile(r"^\s*(?:[-*+]\s+(?:\[[ xX]\]\s+)?|\d{1,3}[.)]\s+)")
 OTHER_MARK = re.compile(r"^\s*(?:>\s?|#{1,6}\s+|```+.*|~~~+.*)")
-HTML_TAG = re.compile(
-    r"<!--.*?-->|</?(?:a|b|br|center|code|details|div|em|h[1-6]|hr|i|img|kbd|li|ol|p|pre|span|strong|sub|summary|sup|"
+HTML_TAG = re.compile(  # a comment begins anew at each "<!--", lest many that never end take quadratic time
+    r"<!--(?:(?!<!--).)*?-->|</?(?:a|b|br|center|code|details|div|em|h[1-6]|hr|i|img|kbd|li|ol|p|pre|span|strong|sub|summary|sup|"
     r"table|tbody|td|th|thead|tr|u|ul)\b[^<>]*>",
     re.I | re.S,
 )
