@@ -621,9 +621,9 @@ def standard_scores(scores: dict[int, float]) -> dict[int, float]:
 # and, for less, on words and pairs of words drawn from each set; a query stands by the likeliest of its first five
 # passages. The intercept is such that 95 of 100 own questions come to 0.5. README.md tells how far it holds.
 RELEVANCE_WEIGHTS = {"nearness": 5.87, "subject": 25.16, "coverage": 9.11, "found": 1.41}
-RELEVANCE_INTERCEPT = -9.0
+RELEVANCE_INTERCEPT = -9.1
 LARGEST_SUBJECT = 0.1  # vectors that were not spread lie all in one direction, which tells nothing of the query
-WITHOUT_MODEL = (0.55, 0.06)  # the nearness and subject that stand in for them
+WITHOUT_MODEL = (0.57, 0.06)  # the nearness and subject that stand in for them
 
 
 def relevance(words: list[QueryWord], exact: set[str], stems: set[str], nearness: float, subject: float) -> float:
