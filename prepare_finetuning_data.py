@@ -132,8 +132,9 @@ TABLE_RULE = re.compile(r"\s*\|?(?:\s*:?-+:?\s*\|)*\s*:?-+:?\s*\|?\s*")
 LIST_MARK = re.compile(r"^\s*(?:[-*+]\s+(?:\[[ xX]\]\s+)?|\d{1,3}[.)]\s+)")
 OTHER_MARK = re.compile(r"^\s*(?:>\s?|#{1,6}\s+|```+.*|~~~+.*)")
 HTML_TAG = re.compile(  # a comment begins anew at each "<!--", lest many that never end take quadratic time
-    r"<!--(?:(?!<!--).)*?-->|</?(?:a|b|br|center|code|details|div|em|h[1-6]|hr|i|img|kbd|li|ol|p|pre|span|strong|sub|summary|sup|"
-    r"table|tbody|td|th|thead|tr|u|ul)\b[^<>]*>",
+    r"<!--(?:(?!<!--).)*?-->|"
+    r"</?(?:a|b|br|center|code|details|div|em|h[1-6]|hr|i|img|kbd|li|ol|p|pre|span|strong|sub|summary|sup|table|"
+    r"tbody|td|th|thead|tr|u|ul)\b[^<>]*>",
     re.I | re.S,
 )
 LINK = re.compile(r"!?\[([^\]\[]*)\]\([^()\s]*(?:\s[^()]*)?\)")
@@ -563,10 +564,11 @@ def take_sentences(
 def words_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Made:
     """Three to seven words of a passage in any order, as people type them, and what the model reads of the passage."""
     for section in sections:
-        texts = [(text_for_model(*passage), passage[1]) for passage in section.passages]
-        for whole in [whole for whole, text in texts if len(WORD.findall(text)) > 5][:max_pairs]:
-            words = [word for word in dict.fromkeys(WORD.findall(whole)) if len(word) > 2]
-            yield section, " ".join(rng.sample(words, min(len(words), rng.randint(3, 7)))), whole
+        longer = [passage for passage in section.passages if len(WORD.findall(passage[1])) > 5]
+        for heading, text in longer[:max_pairs]:
+            positive = text_for_model(heading, text)
+            words = [word for word in dict.fromkeys(WORD.findall(positive)) if len(word) > 2]
+            yield section, " ".join(rng.sample(words, min(len(words), rng.randint(3, 7)))), positive
 
 
 def row_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Made:

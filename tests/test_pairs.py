@@ -87,10 +87,8 @@ def test_words_pairs_are_three_to_seven_words_of_a_passage_and_the_passage():
 
 
 def test_a_passage_of_five_words_or_fewer_below_a_long_heading_gives_no_words_pair():
-    assert (
-        pairs_of("words", {"a.md": "# The heading of a document has so many words\n\nOnly these five words here.\n"})
-        == []
-    )
+    document = "# The heading of a document has so many words\n\nOnly these five words here.\n"
+    assert pairs_of("words", {"a.md": document}) == []
 
 
 def test_an_unknown_strategy_is_wrong_usage(project, capsys):

@@ -407,6 +407,7 @@ def test_an_index_of_one_passage_can_be_searched(index_of):
     index = index_of({"a.md": "# A\n\nTestler yarın yapılır.\n"})
     assert index.usual_similarity == 1.0
     assert len(semantic_search.search(index, "testler", Request("hybrid", 3))["results"]) == 1
+    assert semantic_search.search(index, "testler", Request("keyword", 3, min_relevance=0.5))["relevant"]
 
 
 @pytest.fixture
