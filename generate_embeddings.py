@@ -49,8 +49,6 @@ from pathlib import Path
 
 import numpy as np
 import orjson
-from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 import config
 from config import UserError, previous, remove, replacing, restore_previous, sync
@@ -85,6 +83,8 @@ def distinct_passages(
     Raises:
         UserError: none of the documents holds any text.
     """
+    from tqdm import tqdm
+
     root = documents_root.resolve()
     order = {name: place for place, name in enumerate(documents)}
     unchanged = {name for name, state in documents.items() if documents_before.get(name, [None])[-1] == state[-1]}
@@ -287,6 +287,8 @@ def embed(
 
     known: vectors by hash. Long runs leave what they have in unfinished-*.npz for the next.
     """
+    from tqdm import tqdm
+
     known = known | unfinished_vectors(index_dir, model)
     missing = sorted((one for one in records if one["hash"] not in known), key=lambda one: len(one["text"]))
     lots = [missing[start : start + EMBED_AT_ONCE] for start in range(0, len(missing), EMBED_AT_ONCE)]
@@ -400,6 +402,8 @@ def locked(index_dir: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
+    from filelock import FileLock, Timeout
+
     index_dir.mkdir(parents=True, exist_ok=True)
     holder = index_dir / ".lock-holder"
     try:

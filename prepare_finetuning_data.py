@@ -25,7 +25,6 @@ import base64
 import contextlib
 import functools
 import hashlib
-import http.client
 import importlib.util
 import io
 import itertools
@@ -37,19 +36,13 @@ import re
 import sys
 import textwrap
 import unicodedata
-import urllib.error
 import urllib.parse
-import urllib.request
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-
-from markdown_it import MarkdownIt
-from markdown_it.tree import SyntaxTreeNode
-from tqdm import tqdm
 
 import config
 from config import UserError, replacing
@@ -245,6 +238,8 @@ def read_passages(documents_root: Path, paths: list[Path], max_chars: int, max_m
     Raises:
         UserError: none of the documents holds any text.
     """
+    from tqdm import tqdm
+
     passages: list[Passage] = []
     root = documents_root.resolve()
     for path in tqdm(paths, "reading", unit="file", disable=None, leave=False, delay=2):
@@ -270,7 +265,9 @@ def cut_passages(text: str, source_file: str, max_chars: int) -> list[Passage]:
 
 
 @functools.cache
-def markdown_parser() -> MarkdownIt:
+def markdown_parser():
+    from markdown_it import MarkdownIt
+
     # Indented code is off: real task lists are indented below headings and would all become code. So are link
     # definitions: "[KM-1]: done" is text to most people.
     return MarkdownIt("commonmark").enable("table").disable(["code", "reference", "inline"])
@@ -278,6 +275,8 @@ def markdown_parser() -> MarkdownIt:
 
 def cut_sections(text: str, max_chars: int) -> Iterator[list[Block]]:
     """Yield the blocks under each heading in turn; headings, rules and front matter are no blocks."""
+    from markdown_it.tree import SyntaxTreeNode
+
     front_matter = re.match(r"---\n\w[\w-]*:.*\n(?:\w[\w-]*:.*\n|[ \t#-].*\n|\n)*?(?:---|\.\.\.)[ \t]*(?:\n|\Z)", text)
     if front_matter:
         text = "\n" * front_matter[0].count("\n") + text[front_matter.end() :]
@@ -300,12 +299,12 @@ def cut_sections(text: str, max_chars: int) -> Iterator[list[Block]]:
         yield blocks
 
 
-def is_underlined_paragraph(node: SyntaxTreeNode) -> bool:
+def is_underlined_paragraph(node) -> bool:
     """A rule straight below a paragraph makes it a heading by the letter of CommonMark, hardly by intention."""
     return node.markup in ("-", "=") and len(node.children[0].content) > 100
 
 
-def cut_node(node: SyntaxTreeNode, lines: list[str], heading: tuple[str, ...], max_chars: int) -> Iterator[Block]:
+def cut_node(node, lines: list[str], heading: tuple[str, ...], max_chars: int) -> Iterator[Block]:
     """Yield a Markdown node as one block, or in pieces where it is longer than max_chars."""
     if node.map is None:
         return
@@ -974,6 +973,8 @@ def ask_endpoint(url: str, model: str, passages: list[Passage], data_dir: Path, 
     Raises:
         UserError: the server does not answer, or not as it should; what it has answered is kept.
     """
+    from tqdm import tqdm
+
     if not re.match(r"https?://", url):
         raise UserError(f"--question-endpoint {url} is no web address; give one such as http://localhost:11434/v1")
     store = data_dir / "question_answers.jsonl"
@@ -996,6 +997,9 @@ def ask_endpoint(url: str, model: str, passages: list[Passage], data_dir: Path, 
 
 def ask_for_question(url: str, model: str, passage: Passage) -> str:
     """Return one question about a passage, in its language, by the chat completions interface."""
+    import urllib.request
+    from http.client import HTTPException
+
     prompt = (
         "Write one short question that a colleague would type into a search box and that the passage below answers."
         " Use the passage's own language and other words than its own where you can. Reply with the question alone.\n\n"
@@ -1007,7 +1011,7 @@ def ask_for_question(url: str, model: str, passage: Passage) -> str:
         with urllib.request.urlopen(request, timeout=120) as response:
             reply = json.load(response)["choices"][0]["message"]["content"]
             return " ".join(reply.split("</think>")[-1].split())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"{url} gave no question ({error or type(error).__name__}); what it has answered is kept, run again"
         ) from None
@@ -1128,12 +1132,15 @@ def find_model(name: str, revision: str | None, fallback: bool) -> tuple[Path, s
 
 def answers(address: str, timeout_seconds: float = 5) -> bool:
     """Tell whether a web address answers, by way of the proxy where the environment names one."""
+    import urllib.request
+    from http.client import HTTPException
+
     try:
         request = urllib.request.Request(address, method="HEAD")
         urllib.request.build_opener().open(request, timeout=timeout_seconds).close()
     except urllib.error.HTTPError:  # an answer, if not a welcome one
         return True
-    except (OSError, http.client.HTTPException):
+    except (OSError, HTTPException):
         return False
     return True
 

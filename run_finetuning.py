@@ -42,7 +42,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 import config
 from config import UserError, duration, remove, replacing, restore_previous, sync
@@ -952,6 +951,7 @@ def from_first_process(value):
 
 def progress_callback(steps: int):
     """Return a callback: a bar with ETA on a terminal, a line on stderr at each look at the held-out set."""
+    from tqdm import tqdm
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):

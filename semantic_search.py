@@ -51,7 +51,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 import config
 from config import UserError, replacing
@@ -683,6 +682,8 @@ def write_comparison(path: Path, index: Index, queries: Iterable[str], request: 
     Raises:
         UserError: there are no queries.
     """
+    from tqdm import tqdm
+
     wanted = [query for query in map(str.strip, queries) if query]
     if not wanted:
         raise UserError("--html needs queries: give one, or one a line through a pipe: --html FILE < queries.txt")

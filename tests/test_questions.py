@@ -1,6 +1,7 @@
 """People's labelled questions, suggested ones, and those asked of a language model's server."""
 
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -206,3 +207,17 @@ def test_a_server_is_asked_once_for_each_passage_and_what_it_answered_survives_i
 def test_a_server_that_is_not_there_is_one_line(prepare, capsys, arguments):
     assert prepare(*arguments) == 2
     assert "--question" in error_line(capsys.readouterr().err) or "127.0.0.1:9" in arguments[1]
+
+
+def test_a_server_that_does_not_speak_http_is_one_line(prepare, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def greet():
+            connection, _ = listener.accept()
+            connection.sendall(b"220 mail.example.org ready\r\n")
+            connection.close()
+
+        threading.Thread(target=greet, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        assert prepare("--question-endpoint", url, "--question-model", "x") == 2
+    assert url in error_line(capsys.readouterr().err)
