@@ -18,12 +18,12 @@ Only passages that are new are embedded; the others keep their vectors. Files wr
     metadata-<id>.json       an earlier index kept as a backup, with its two files (config.INDEX_BACKUPS)
     encoder-<fingerprint>/   the ONNX form of a model whose own folder has none (a base model)
 
-metadata.json: {"checksum": SHA-256 of all lines below the first, "format": 4, "id", "created", "documents_root",
+metadata.json: {"checksum": CRC-32 of all lines below the first, "format": 5, "id", "created", "documents_root",
 "globs", "max_passage_chars", "max_document_mb", "scripts": SHA-256 of the code that cuts passages and words,
 "faiss_index": config.FAISS_INDEX, "documents": {source_file: state}, "model": {"name", "fingerprint", "folder" relative
 to the index, "files": {name: state}}, "search": {"semantic_weight"} (as the model's evaluation.json has it, or {}),
 "passage_count", "dimensions", "keeps_vectors": whether the FAISS index gives vectors back exactly, "files":
-{"embeddings" or "keywords": [name, bytes, SHA-256]}, "passages": [{"id", "source_file", "also_in": [other files with
+{"embeddings" or "keywords": [name, bytes, CRC-32]}, "passages": [{"id", "source_file", "also_in": [other files with
 the same text], "heading": [path], "chunk_index", "start_line", "end_line", "text", "hash"}, one a line]}; a state is
 [bytes, modified in ns, SHA-256].
 
@@ -43,6 +43,7 @@ import sqlite3
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -67,7 +68,7 @@ from prepare_finetuning_data import (
 )
 from run_finetuning import Encoder, load_model, model_fingerprint, processes, read_json, save_with_onnx, write_keywords
 
-FORMAT = 4
+FORMAT = 5
 METADATA = "metadata.json"
 
 # ----------------------------------------------------------------------------------------- the passages
@@ -435,7 +436,7 @@ def commit(index_dir: Path, header: dict, records: list[dict], vectors: np.ndarr
             write_keywords(temporary, ((" ".join(record["heading"]), record["text"]) for record in records)).close()
     except (RuntimeError, sqlite3.Error) as error:  # of FAISS and SQLite, where others raise an OSError
         raise UserError(f"{index_dir} can not be written ({error}); make room or name another --index-dir") from None
-    header["files"] = {kind: [path.name, path.stat().st_size, sha256_of(path)] for kind, path in files.items()}
+    header["files"] = {kind: [path.name, path.stat().st_size, crc32_of(path)] for kind, path in files.items()}
     current = index_dir / METADATA
     with contextlib.suppress(UserError, FileNotFoundError):
         before = read_header(current)
@@ -501,18 +502,18 @@ def restore(index_dir: Path) -> dict:
 
 def write_metadata(path: Path, header: dict, records: list[dict]) -> None:
     """Write metadata.json: the checksum on line 1, the header on line 2, then a passage a line."""
-    digest = hashlib.sha256()
+    checksum = 0
     with path.open("wb") as file:
-        file.write(b'{"checksum": "%s",\n' % digest.hexdigest().encode())  # in its place until it is known
+        file.write(b'{"checksum": "%08x",\n' % checksum)  # in its place until it is known
         opening = json.dumps(header, ensure_ascii=False)[1:-1] + ', "passages": [\n'
         lines = (json.dumps(record, ensure_ascii=False) for record in records)
         endings = itertools.chain(itertools.repeat(",\n", len(records) - 1), ["\n]}\n"])
         for part in itertools.chain([opening], map("".join, zip(lines, endings, strict=True))):
             content = part.encode()
-            digest.update(content)
+            checksum = zlib.crc32(content, checksum)
             file.write(content)
         file.seek(0)
-        file.write(b'{"checksum": "%s",\n' % digest.hexdigest().encode())
+        file.write(b'{"checksum": "%08x",\n' % checksum)
 
 
 class Passages(Sequence):
@@ -536,7 +537,7 @@ def read_metadata(path: Path) -> tuple[dict, Passages]:
     """Return the header and the passages of metadata.json; raises what read_header does."""
     header, content = open_metadata(path, whole=True)
     start = content.index(b"\n") + 1
-    if hashlib.sha256(memoryview(content)[start:]).hexdigest().encode() not in content[:start]:
+    if b"%08x" % zlib.crc32(memoryview(content)[start:]) not in content[:start]:
         raise UserError(damaged(path))
     return header, Passages(content)
 
@@ -585,16 +586,25 @@ def damaged(path: Path) -> str:
     return f"{path} is damaged; run generate_embeddings.py --restore to go back to the index before"
 
 
+def crc32_of(path: Path) -> str:
+    """Return the checksum of a file: against damage it does what SHA-256 does, in a tenth of a search's time for it."""
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return f"{checksum:08x}"
+
+
 class Superseded(UserError):
     """An index opened a while ago has lost its files to newer ones: open it again."""
 
 
 def checked_file(index_dir: Path, header: dict, kind: str) -> Path:
     """Return one of the index's files if it is as it was written."""
-    name, size, digest = header["files"][kind]
+    name, size, checksum = header["files"][kind]
     path = index_dir / name
     with contextlib.suppress(OSError):
-        if path.stat().st_size == size and sha256_of(path) == digest:
+        if path.stat().st_size == size and crc32_of(path) == checksum:
             return path
     raise UserError(damaged(path))
 
