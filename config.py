@@ -82,6 +82,13 @@ class UserError(Exception):
     """A mistake that the person at the keyboard can mend: one line that names it and the way out."""
 
 
+def check_number(name: str, least: int) -> None:
+    """Have a setting of this file be a whole number from `least` up."""
+    value = globals()[name]
+    if not isinstance(value, int) or value < least:
+        raise UserError(f"config.{name} is {value!r}; set it to a whole number, {least} or more")
+
+
 def add_verbosity(parser: argparse.ArgumentParser) -> None:
     """Add --quiet and --verbose, which all four scripts have."""
     group = parser.add_mutually_exclusive_group()

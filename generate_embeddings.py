@@ -18,14 +18,14 @@ Only passages that are new are embedded; the others keep their vectors. Files wr
     metadata-<id>.json       an earlier index kept as a backup, with its two files (config.INDEX_BACKUPS)
     encoder-<fingerprint>/   the ONNX form of a model whose own folder has none (a base model)
 
-metadata.json: {"checksum": CRC-32 of all lines below the first, "format": 5, "id", "created", "documents_root",
-"globs", "max_passage_chars", "max_document_mb", "scripts": SHA-256 of the code that cuts passages and words,
-"faiss_index": config.FAISS_INDEX, "documents": {source_file: state}, "model": {"name", "fingerprint", "folder" relative
-to the index, "files": {name: state}}, "search": {"semantic_weight"} (as the model's evaluation.json has it, or {}),
-"passage_count", "dimensions", "keeps_vectors": whether the FAISS index gives vectors back exactly, "files":
-{"embeddings" or "keywords": [name, bytes, CRC-32]}, "passages": [{"id", "source_file", "also_in": [other files with
-the same text], "heading": [path], "chunk_index", "start_line", "end_line", "text", "hash"}, one a line]}; a state is
-[bytes, modified in ns, SHA-256].
+metadata.json: {"checksum": CRC-32 of all lines below the first, "header_checksum": of the second alone, "format": 5,
+"id", "created", "documents_root", "globs", "max_passage_chars", "max_document_mb", "scripts": SHA-256 of the code that
+cuts passages and words, "faiss_index": config.FAISS_INDEX, "documents": {source_file: [bytes, modified in ns,
+SHA-256]}, "model": {"name", "fingerprint", "folder" relative to the index, "files": {name: [bytes, CRC-32]}}, "search":
+{"semantic_weight"} (as the model's evaluation.json has it, or {}), "passage_count", "dimensions", "keeps_vectors":
+whether the FAISS index gives vectors back exactly, "files": {"embeddings" or "keywords": [name, bytes, CRC-32]},
+"passages": [{"id", "source_file", "also_in": [other files with the same text], "heading": [path], "chunk_index",
+"start_line", "end_line", "text", "hash"}, one a line]}.
 
 torchrun --nproc-per-node N generate_embeddings.py spreads the embedding over N processes; rank 0 does all the rest.
 """
@@ -42,7 +42,6 @@ import shutil
 import sqlite3
 import sys
 import time
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -66,10 +65,20 @@ from prepare_finetuning_data import (
     text_for_model,
     warn,
 )
-from run_finetuning import Encoder, load_model, model_fingerprint, processes, read_json, save_with_onnx, write_keywords
+from run_finetuning import (
+    Encoder,
+    is_first_process,
+    load_model,
+    model_fingerprint,
+    processes,
+    read_json,
+    save_with_onnx,
+    write_keywords,
+)
 
 FORMAT = 5
 METADATA = "metadata.json"
+ID, FINGERPRINT = "[0-9]" * 8 + "T" + "[0-9]" * 12, "[0-9a-f]" * 12  # in the names of files, for glob
 
 # ----------------------------------------------------------------------------------------- the passages
 
@@ -144,45 +153,47 @@ def prepare_encoder(folder: Path, fingerprint: str, index_dir: Path) -> dict:
         with replacing(folder) as temporary:
             save_with_onnx(model, temporary, ["a short text", "bir başka, biraz daha uzun metin"])
             remove(temporary / "model.safetensors")  # the ONNX file holds the weights
+            remove(temporary / "README.md")  # in a folder of documents it would be one
         remove(previous(folder))
-    files = {name: file_state(folder / name) for name in ENCODER_FILES if (folder / name).exists()}
+    files = {name: size_and_checksum(folder / name) for name in ENCODER_FILES if (folder / name).exists()}
     return {"folder": os.path.relpath(folder.resolve(), index_dir.resolve()), "files": files}
 
 
-def file_state(path: Path) -> list:
-    """Return [bytes, modified in ns, SHA-256] of a file."""
-    return [path.stat().st_size, path.stat().st_mtime_ns, sha256_of(path)]
+def size_and_checksum(path: Path) -> list:
+    """Return [bytes, CRC-32] of a file: against damage it does what SHA-256 does, ten times as fast."""
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return [path.stat().st_size, f"{checksum:08x}"]
 
 
-def file_changed(path: Path, state: list) -> bool:
-    """Tell whether a file differs from its recorded state; its content is read only where size and time leave doubt."""
-    try:
-        now = path.stat()
-        return now.st_size != state[0] or (now.st_mtime_ns != state[1] and sha256_of(path) != state[2])
-    except OSError:
-        return True
+def is_whole(path: Path, size: int, checksum: str) -> bool:
+    """Tell whether a file is there and as it was written."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return path.stat().st_size == size and size_and_checksum(path) == [size, checksum]
+    return False
 
 
 def encoder_is_whole(folder: Path, model: dict) -> bool:
-    return not any(file_changed(folder / name, state) for name, state in model["files"].items())
+    return all(is_whole(folder / name, *state) for name, state in model["files"].items())
 
 
 def load_encoder(model: dict, index_dir: Path) -> Encoder:
     """Load the encoder an index was made with; model is the record of it in metadata.json.
 
-    The model before stands in while a newly tuned one waits for its index. Files are compared once more after they
-    are read, because the folder may be swapped meanwhile.
+    The model before stands in while a newly tuned one waits for its index. Files are compared after they are read,
+    because the folder may be swapped meanwhile.
 
     Raises:
         UserError: the model is gone or has changed since, so that its vectors and the index's do not belong together.
     """
     folder = index_dir / model["folder"]
     for place in (folder, previous(folder)):
-        if encoder_is_whole(place, model):
-            with contextlib.suppress(UserError):
-                encoder = Encoder(place)
-                if encoder_is_whole(place, model):
-                    return encoder
+        with contextlib.suppress(UserError):
+            encoder = Encoder(place)
+            if encoder_is_whole(place, model):
+                return encoder
     raise UserError(
         f"the model {model['name']} is gone or has changed since {index_dir} was made;"
         " run generate_embeddings.py again (keyword search still works: --mode keyword)"
@@ -325,7 +336,8 @@ def unfinished_vectors(index_dir: Path, model: dict) -> dict[str, np.ndarray]:
     """Return what an interrupted run has embedded with the same model, by hash."""
     vectors: dict[str, np.ndarray] = {}
     for path in sorted(index_dir.glob(f"unfinished-{model['fingerprint'][:12]}-*.npz")):
-        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(path) as lot:
+        # A damaged one raises whatever zipfile and NumPy come upon; its passages are embedded once more.
+        with contextlib.suppress(Exception), np.load(path) as lot:
             vectors |= zip(lot["hashes"].tolist(), lot["vectors"], strict=True)
     if vectors:
         print(f"going on from an interrupted run: {len(vectors)} passages are embedded already", file=sys.stderr)
@@ -350,6 +362,8 @@ def write_vectors(path: Path, vectors: np.ndarray, factory: str) -> bool:
     try:
         index = faiss.index_factory(dimensions, factory, faiss.METRIC_INNER_PRODUCT)
         cells = faiss.try_extract_index_ivf(index)
+        if isinstance(cells and faiss.downcast_index(cells), faiss.IndexIVFFastScan):
+            raise RuntimeError("FAISS crashes when it is asked for a vector of such an index")
         if cells:
             cells.cp.min_points_per_centroid = 1  # no warnings
             cells.cp.max_points_per_centroid = 64  # a quarter of the usual: trained in a quarter of the time
@@ -436,10 +450,10 @@ def commit(index_dir: Path, header: dict, records: list[dict], vectors: np.ndarr
             write_keywords(temporary, ((" ".join(record["heading"]), record["text"]) for record in records)).close()
     except (RuntimeError, sqlite3.Error) as error:  # of FAISS and SQLite, where others raise an OSError
         raise UserError(f"{index_dir} can not be written ({error}); make room or name another --index-dir") from None
-    header["files"] = {kind: [path.name, path.stat().st_size, crc32_of(path)] for kind, path in files.items()}
+    header["files"] = {kind: [path.name, *size_and_checksum(path)] for kind, path in files.items()}
     current = index_dir / METADATA
     with contextlib.suppress(UserError, FileNotFoundError):
-        before = read_header(current)
+        before = whole_header(index_dir, current)  # a damaged one takes no good one's place
         with replacing(index_dir / f"metadata-{before['id']}.json") as temporary:
             shutil.copyfile(current, temporary)
     with replacing(current) as temporary:
@@ -453,7 +467,8 @@ def prune(index_dir: Path, backups: int) -> None:
     for path, header in readable_indexes(index_dir)[: 1 + backups]:
         used.add(path.name)
         used |= {name for name, *_ in header["files"].values()} | {Path(header["model"]["folder"]).name}
-    patterns = ("metadata-*.json", "embeddings-*.index", "keywords-*.sqlite", "encoder-*", "unfinished-*.npz")
+    patterns = (f"metadata-{ID}.json", f"embeddings-{ID}.index", f"keywords-{ID}.sqlite", f"encoder-{FINGERPRINT}")
+    patterns += (f"unfinished-{FINGERPRINT}-*.npz",)
     temporaries = (f".{pattern}.*.new" for pattern in ("metadata.json", *patterns))
     for path in sorted(path for pattern in (*patterns, *temporaries) for path in index_dir.glob(pattern)):
         if path.name not in used:
@@ -462,7 +477,7 @@ def prune(index_dir: Path, backups: int) -> None:
 
 def backup_files(index_dir: Path) -> list[Path]:
     """Return the metadata files of the backups, newest first."""
-    return sorted(index_dir.glob("metadata-*.json"), reverse=True)
+    return sorted(index_dir.glob(f"metadata-{ID}.json"), reverse=True)
 
 
 def readable_indexes(index_dir: Path) -> list[tuple[Path, dict]]:
@@ -489,11 +504,13 @@ def restore(index_dir: Path) -> dict:
         except UserError as error:
             print(f"warning: backup {path.name} can not be used: {error}", file=sys.stderr)
             continue
-        if header["id"] != current:
-            path.replace(index_dir / METADATA)
-            sync(index_dir)
-            prune(index_dir, len(backup_files(index_dir)))
-            return header
+        if header["id"] == current:
+            remove(path)
+            continue
+        path.replace(index_dir / METADATA)
+        sync(index_dir)
+        prune(index_dir, len(backup_files(index_dir)))
+        return header
     raise UserError(f"{index_dir} holds no usable backup; run generate_embeddings.py to build the index anew")
 
 
@@ -501,11 +518,12 @@ def restore(index_dir: Path) -> dict:
 
 
 def write_metadata(path: Path, header: dict, records: list[dict]) -> None:
-    """Write metadata.json: the checksum on line 1, the header on line 2, then a passage a line."""
-    checksum = 0
+    """Write metadata.json: the checksums on line 1, the header on line 2, then a passage a line."""
+    opening = json.dumps(header, ensure_ascii=False)[1:-1] + ', "passages": [\n'
+    checksums = '{"checksum": "%08x", "header_checksum": "%08x",\n'
+    header_checksum, checksum = zlib.crc32(opening.encode()), 0
     with path.open("wb") as file:
-        file.write(b'{"checksum": "%08x",\n' % checksum)  # in its place until it is known
-        opening = json.dumps(header, ensure_ascii=False)[1:-1] + ', "passages": [\n'
+        file.write((checksums % (checksum, header_checksum)).encode())  # the first in its place until it is known
         lines = (json.dumps(record, ensure_ascii=False) for record in records)
         endings = itertools.chain(itertools.repeat(",\n", len(records) - 1), ["\n]}\n"])
         for part in itertools.chain([opening], map("".join, zip(lines, endings, strict=True))):
@@ -513,7 +531,7 @@ def write_metadata(path: Path, header: dict, records: list[dict]) -> None:
             checksum = zlib.crc32(content, checksum)
             file.write(content)
         file.seek(0)
-        file.write(b'{"checksum": "%08x",\n' % checksum)
+        file.write((checksums % (checksum, header_checksum)).encode())
 
 
 class Passages(Sequence):
@@ -537,7 +555,7 @@ def read_metadata(path: Path) -> tuple[dict, Passages]:
     """Return the header and the passages of metadata.json; raises what read_header does."""
     header, content = open_metadata(path, whole=True)
     start = content.index(b"\n") + 1
-    if b"%08x" % zlib.crc32(memoryview(content)[start:]) not in content[:start]:
+    if header.get("checksum") != f"{zlib.crc32(memoryview(content)[start:]):08x}":
         raise UserError(damaged(path))
     return header, Passages(content)
 
@@ -546,7 +564,7 @@ def read_header(path: Path) -> dict:
     """Return metadata.json without its passages, reading two lines of it.
 
     Raises:
-        UserError: the file is missing, damaged (the checksum is for those who take the passages) or of another format.
+        UserError: the file is missing, its header is damaged or of another format.
     """
     return open_metadata(path, whole=False)[0]
 
@@ -558,15 +576,17 @@ def open_metadata(path: Path, whole: bool) -> tuple[dict, bytes]:
     """
     try:
         with path.open("rb") as file:
-            content = file.readline() + file.readline()
-            header = orjson.loads(content + b"]}")
+            first, second = file.readline(), file.readline()
+            header = orjson.loads(first + second + b"]}")
             if header.get("format") != FORMAT:
                 found = f"{path} has format {header.get('format')}, not {FORMAT}"
                 raise UserError(f"{found}; run generate_embeddings.py to build it anew")
-            return header, content + file.read() if whole else content
+            if header.get("header_checksum") != f"{zlib.crc32(second):08x}":
+                raise UserError(damaged(path))
+            return header, first + second + file.read() if whole else first + second
     except FileNotFoundError:
         raise UserError(f"no index in {path.parent}; run generate_embeddings.py first") from None
-    except (OSError, ValueError):
+    except ValueError:
         raise UserError(damaged(path)) from None
 
 
@@ -586,15 +606,6 @@ def damaged(path: Path) -> str:
     return f"{path} is damaged; run generate_embeddings.py --restore to go back to the index before"
 
 
-def crc32_of(path: Path) -> str:
-    """Return the checksum of a file: against damage it does what SHA-256 does, in a tenth of a search's time for it."""
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            checksum = zlib.crc32(block, checksum)
-    return f"{checksum:08x}"
-
-
 class Superseded(UserError):
     """An index opened a while ago has lost its files to newer ones: open it again."""
 
@@ -602,11 +613,9 @@ class Superseded(UserError):
 def checked_file(index_dir: Path, header: dict, kind: str) -> Path:
     """Return one of the index's files if it is as it was written."""
     name, size, checksum = header["files"][kind]
-    path = index_dir / name
-    with contextlib.suppress(OSError):
-        if path.stat().st_size == size and crc32_of(path) == checksum:
-            return path
-    raise UserError(damaged(path))
+    if not is_whole(index_dir / name, size, checksum):
+        raise UserError(damaged(index_dir / name))
+    return index_dir / name
 
 
 class Index:
@@ -676,7 +685,9 @@ class Index:
         root, known = Path(self.header["documents_root"]), self.header["documents"]
         if not root.is_dir():
             return []
-        found = {path.relative_to(root).as_posix() for glob in self.header["globs"] for path in root.glob(glob)}
+        found: set[str] = set()
+        with contextlib.suppress(OSError):  # a folder that vanishes meanwhile: what else is new is told next time
+            found = {path.relative_to(root).as_posix() for glob in self.header["globs"] for path in root.glob(glob)}
         added = [name for name in sorted(found - known.keys()) if can_be_indexed(root / name, root)]
         return added + [name for name, state in known.items() if file_changed(root / name, state)]
 
@@ -706,6 +717,20 @@ def list_backups(index_dir: Path) -> None:
         megabytes = (sum(length for _, length, _ in header["files"].values()) + path.stat().st_size) / 1e6
         count, model = header["passage_count"], header["model"]["name"]
         print(f"{header['created']}  {count:>8,} passages  {megabytes:>8.1f} MB  {model}")
+
+
+def file_state(path: Path) -> list:
+    """Return [bytes, modified in ns, SHA-256] of a file."""
+    return [path.stat().st_size, path.stat().st_mtime_ns, sha256_of(path)]
+
+
+def file_changed(path: Path, state: list) -> bool:
+    """Tell whether a file differs from its recorded state; its content is read only where size and time leave doubt."""
+    try:
+        now = path.stat()
+        return now.st_size != state[0] or (now.st_mtime_ns != state[1] and sha256_of(path) != state[2])
+    except OSError:
+        return True
 
 
 def document_states(documents_root: Path, paths: list[Path]) -> dict[str, list]:
@@ -834,6 +859,10 @@ def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     config.set_verbosity(options)
     index_dir, started = options.index_dir, time.perf_counter()
+    config.check_number("INDEX_BACKUPS", 0)
+    config.check_number("MAX_PASSAGE_CHARS", 50)
+    if (options.list_backups or options.restore) and not is_first_process():
+        return 0
     if options.list_backups:
         list_backups(index_dir)
         return 0

@@ -1460,6 +1460,7 @@ def write_candidates(passages: list[Passage], templates: set[str], options: argp
 def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
     config.set_verbosity(options)
+    config.check_number("MAX_PASSAGE_CHARS", 50)
     paths = find_documents(options.documents_root, options.documents or config.TARGET_DOCUMENTS)
     passages = read_passages(options.documents_root, paths, config.MAX_PASSAGE_CHARS, config.MAX_DOCUMENT_MB)
     family = group_copies(passages)

@@ -395,12 +395,16 @@ def test_files_of_others_survive_in_the_index_folder_and_around_it(built):
     (built.index / "notes.txt").write_text("mine", encoding="utf-8")
     (built.index / "folder").mkdir()
     (built.index / "folder" / "embeddings-x.index").write_text("mine", encoding="utf-8")
+    own_names = ["metadata-notes.json", "keywords-list.sqlite", "encoder-thesis", "unfinished-novel.npz"]
+    for name in own_names:
+        (built.index / name).write_text("mine", encoding="utf-8")
     outside = {path: snapshot(path) for path in (built.project, built.model)}
     for number in range(4):
         change(built, old="Sekiz" if number == 0 else f"Sayı{number - 1}", new=f"Sayı{number}")
         outside[built.project] = snapshot(built.project)
         assert built.build()[0] == 0
     assert built.manage("--restore")[0] == 0
+    assert all((built.index / name).is_file() for name in own_names)
     assert (built.index / "notes.txt").is_file() and (built.index / "folder" / "embeddings-x.index").is_file()
     assert {path: snapshot(path) for path in outside} == outside
     assert {path.name for path in built.index.parent.iterdir()} == {"project", "model", "index"}
@@ -460,6 +464,118 @@ def test_a_damaged_file_is_noticed_by_the_search_that_needs_it_and_mended_by_the
     assert status == 0 and "is current" not in printed.out
     for mode in MODES:
         assert built.search("bütçe donanım", mode)[0] == 0
+
+
+@pytest.mark.parametrize("key", ["id", "model", "files", "passage_count", "checksum", "format"])
+def test_a_flipped_bit_in_a_key_of_the_header_is_damage_and_mended(built, key):
+    change(built)
+    assert built.build()[0] == 0
+    path = built.index / "metadata.json"
+    whole = path.read_bytes()
+    place = whole.index(b'"%s": ' % key.encode()) + 1
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    status, line = built.search("bütçe", "keyword")
+    assert status == 2 and COMMAND.search(line)
+    assert built.manage("--list-backups")[0] == 0
+    assert built.build()[0] == 0
+    assert built.search("bütçe", "keyword")[0] == 0
+
+
+def test_a_flipped_bit_in_a_backups_header_leaves_builds_and_the_list_of_backups_alone(built):
+    change(built)
+    assert built.build()[0] == 0
+    backup = the_file(built, "metadata-*.json")
+    backup.write_bytes(backup.read_bytes().replace(b'"id"', b'"ie"'))
+    assert built.manage("--list-backups")[0] == 0
+    change(built, old="Dokuz yüz", new="On")
+    assert built.build()[0] == 0
+
+
+def test_a_damaged_encoder_of_the_index_is_noticed_and_exported_again(built, tiny_model):
+    assert built.build("--model", tiny_model)[0] == 0
+    for name in ("onnx/model.onnx", "tokenizer.json"):
+        path = the_file(built, "encoder-*") / name
+        times = path.stat()
+        flip_byte(path, 0.5)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        status, line = built.search("bütçe", "semantic")
+        assert status == 2 and COMMAND.search(line)
+        assert built.build("--model", tiny_model, "--check")[0] == 1
+        assert built.build("--model", tiny_model)[0] == 0
+        assert built.search("bütçe", "semantic")[0] == 0
+
+
+def test_an_index_below_the_documents_adds_none_to_them(built, tiny_model):
+    arguments = ["--model", tiny_model, "--index-dir", built.project / "index"]
+    assert built.build(*arguments)[0] == 0
+    status, printed = built.build(*arguments)
+    assert status == 0 and "is current" in printed.out
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no archive"])
+def test_a_damaged_rest_of_an_interrupted_run_is_passed_over(built, content):
+    fingerprint = load_index(built.index).header["model"]["fingerprint"][:12]
+    (built.index / f"unfinished-{fingerprint}-x.npz").write_bytes(content)
+    change(built)
+    assert built.build()[0] == 0
+    assert not list(built.index.glob("unfinished-*"))
+
+
+def test_a_damaged_index_takes_no_good_backups_place(built, monkeypatch):
+    monkeypatch.setattr(config, "INDEX_BACKUPS", 1)
+    change(built)
+    assert built.build()[0] == 0
+    flip_byte(built.index / "metadata.json", 0.98)
+    assert built.build()[0] == 0
+    assert built.manage("--restore")[0] == 0
+    assert any("Sekiz yüz" in one["text"] for one in built.search("algılayıcı ihalede")[1])
+
+
+def test_an_index_that_can_not_be_read_is_not_called_damaged(built):
+    (built.index / "metadata.json").unlink()
+    (built.index / "metadata.json").mkdir()
+    status, line = built.search("bütçe", "keyword")
+    assert status == 2 and "metadata.json: Is a directory" in line and "damaged" not in line
+
+
+def test_an_index_folder_that_is_a_file_is_not_called_damaged(built, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for action in ("--list-backups", "--restore", "--check"):
+        status, printed = built.build("--model", built.model, "--index-dir", file, action)
+        assert status == 2 and "damaged" not in error_line(printed.err)
+
+
+def test_a_copy_left_by_a_kill_before_the_commit_is_no_step_back(built):
+    for old, new in (("Sekiz yüz", "Dokuz yüz"), ("Dokuz yüz", "On bin")):
+        change(built, old=old, new=new)
+        assert built.build()[0] == 0
+    current = load_index(built.index).header["id"]
+    shutil.copy(built.index / "metadata.json", built.index / f"metadata-{current}.json")
+    for amount in ("Dokuz yüz", "Sekiz yüz"):
+        assert built.manage("--restore")[0] == 0
+        assert any(amount in one["text"] for one in built.search("algılayıcı ihalede")[1])
+    assert built.manage("--restore")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("INDEX_BACKUPS", -1), ("INDEX_BACKUPS", None), ("MAX_PASSAGE_CHARS", 0)]
+)
+def test_a_setting_that_makes_no_sense_is_one_line_and_changes_nothing(built, monkeypatch, setting, value):
+    change(built)
+    before = snapshot(built.index)
+    monkeypatch.setattr(config, setting, value)
+    status, printed = built.build()
+    assert status == 2 and f"config.{setting}" in error_line(printed.err)
+    assert snapshot(built.index) == before
+
+
+def test_a_kind_of_index_with_which_faiss_crashes_is_refused(built, monkeypatch):
+    (built.project / "more.md").write_text("\n\n".join(f"## {n}\n\nMetin {n}." for n in range(60)), encoding="utf-8")
+    monkeypatch.setattr(config, "FAISS_INDEX", "IVF2,PQ4x4fs")
+    status, printed = built.build()
+    assert status == 2 and "config.FAISS_INDEX" in error_line(printed.err)
+    assert built.search("bütçe")[0] == 0
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "null", "{]", '{"format": 1}', '"format"', "\x00", "{}\n{}\n"])
