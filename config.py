@@ -123,6 +123,8 @@ def replacing(path: Path) -> Iterator[Path]:
     only that one (a crash between the two renames) puts it back with restore_previous. If the block fails, what was
     there stays untouched and the temporary is removed.
     """
+    if not path.name:
+        raise UserError(f"{str(path)!r} is no name of a file; give one")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     remove(temporary)

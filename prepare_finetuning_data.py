@@ -87,7 +87,7 @@ def is_document(path: Path, root: Path) -> bool:
 
 
 def read_document(path: Path, max_mb: float) -> str | None:
-    """Return a document's text with "\\n" line ends and no BOM, or None after one line of warning."""
+    """Return a document's text in NFC with "\\n" line ends and no BOM, or None after one line of warning."""
     try:
         str(path).encode()
         if path.stat().st_size > max_mb * 1e6:
@@ -109,7 +109,12 @@ def read_document(path: Path, max_mb: float) -> str | None:
     if not text.strip():
         warn(f"{path}: empty, skipped")
         return None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return composed(text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def composed(text: str) -> str:
+    """Return text in Unicode's composed form (NFC): macOS and PDFs write a letter and its mark one by one."""
+    return unicodedata.normalize("NFC", text)
 
 
 def warn(message: str) -> None:
@@ -1045,7 +1050,7 @@ def read_tsv(
         UserError: the file is missing, lacks a column, has a row of another length, or has no rows.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = composed(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run prepare_finetuning_data.py first") from None
     except UnicodeDecodeError as error:
@@ -1056,11 +1061,11 @@ def read_tsv(
         raise UserError(f"{path}: no column {missing[0]!r} in line 1; {remedy}")
     places = [rows[0].index(name) for name in columns]
     for number, row in enumerate(rows[1:], 2):
-        if len(row) != len(rows[0]):
+        if len(row) != len(rows[0]) and row != [""]:
             raise UserError(f"{path}:{number}: {len(row)} columns instead of {len(rows[0])}; {remedy}")
     if len(rows) == 1 and not may_be_empty:
         raise UserError(f"{path} has no rows; {remedy} with more documents or strategies")
-    return [row_type(*(row[place] for place in places)) for row in rows[1:]]
+    return [row_type(*(row[place] for place in places)) for row in rows[1:] if row != [""]]
 
 
 def write_data(
@@ -1445,8 +1450,6 @@ def write_candidates(passages: list[Passage], templates: set[str], options: argp
     path = options.data_dir / "question_candidates.tsv"
     candidates = suggest_questions(passages, templates, config.MAX_QUESTION_CANDIDATES)
     if options.question_endpoint:
-        if not options.question_model:
-            raise UserError("--question-endpoint needs --question-model NAME, the model that the server is to use")
         place = {row.passage: number for number, row in enumerate(candidates)}
         by_worth = sorted(passages, key=lambda one: place.get(plain_text(one.text), len(place)))
         limits = (options.data_dir, config.MAX_QUESTION_CANDIDATES)
@@ -1461,6 +1464,8 @@ def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
     config.set_verbosity(options)
     config.check_number("MAX_PASSAGE_CHARS", 50)
+    if bool(options.question_endpoint) != bool(options.question_model):
+        raise UserError("--question-endpoint URL and --question-model NAME, a model of that server, go together")
     paths = find_documents(options.documents_root, options.documents or config.TARGET_DOCUMENTS)
     passages = read_passages(options.documents_root, paths, config.MAX_PASSAGE_CHARS, config.MAX_DOCUMENT_MB)
     family = group_copies(passages)

@@ -44,7 +44,7 @@ from typing import NamedTuple
 import numpy as np
 
 import config
-from config import UserError, duration, remove, replacing, restore_previous, sync
+from config import UserError, duration, previous, remove, replacing, restore_previous, sync
 from prepare_finetuning_data import (
     CHART_COLOURS,
     WINDOW_FILES,
@@ -416,7 +416,7 @@ MAX_QUERY_WORDS = 64
 CANDIDATES = 200  # passages that each of the two arms puts up for the hybrid search
 DEFAULT_SEMANTIC_WEIGHT = 0.3  # where none was fitted
 KNOWS_LANGUAGE = 2 / 3  # the language_share from which on a base knows the documents' language
-MAX_POSTINGS = 20_000  # beyond, a query's commonest words are left out: they tell least and take nearly all the time
+MAX_POSTINGS = 5_000  # beyond, a query's commonest words are left out: they tell least and take nearly all the time
 PREFIX_LETTERS = 6  # Turkish hangs its endings on the stem: the first letters are nearly always the stem
 FUNCTION_WORDS = """
 ne neden nasıl nedir neler nelerdir hangi hangisi kim kimdir kimin kimler kaç nerede nereden nereye niçin niye mi mı mu
@@ -496,10 +496,12 @@ class QueryWord(NamedTuple):
     weight: float
 
     def is_in(self, exact: set[str], stems: set[str]) -> bool:
-        """Tell whether a passage with these keyword_terms holds it."""
+        """Tell whether a passage with these keyword_terms holds it; a name's parts are the stems of "DevOps"."""
+        if self.word in exact:
+            return True
         if self.kind == "beginning":
             return any(stem.startswith(self.term) for stem in stems)
-        return self.term in (exact if self.kind == "name" else stems)
+        return self.kind == "stem" and self.term in stems
 
     def is_nearly_in(self, stems: set[str]) -> bool:
         """Tell whether it holds a word that differs at the stem's last letter, as by another ending."""
@@ -1372,6 +1374,10 @@ def check_options(options: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} is not from {low} to {high}")
     if not 0 < options.learning_rate <= 1:
         raise UserError(f"--learning-rate {options.learning_rate} is not above 0 and at most 1; try {2e-5}")
+    target = options.model_dir.resolve()
+    for folder in (target, previous(target)):
+        if folder.exists() and not (folder / "modules.json").exists() and (folder.is_file() or any(folder.iterdir())):
+            raise UserError(f"{folder} holds something else than a model; name another --model-dir")
 
 
 def fine_tune(

@@ -55,7 +55,7 @@ import numpy as np
 import config
 from config import UserError, replacing
 from generate_embeddings import Index, Superseded, load_index
-from prepare_finetuning_data import plain_text, render, sentences, warn
+from prepare_finetuning_data import composed, plain_text, render, sentences, warn
 from run_finetuning import (
     CANDIDATES,
     DEFAULT_SEMANTIC_WEIGHT,
@@ -179,6 +179,10 @@ def search(index: Index, query: str, request: Request) -> dict:
     Raises:
         UserError: the query is empty, or semantic search lacks the index's model.
     """
+    query = readable(query)
+    weight = request.semantic_weight
+    if weight is not None and not 0 <= weight <= 1:
+        raise UserError(f"the weight of the meaning is {weight}; it goes from 0 to 1 (config.SEMANTIC_WEIGHT)")
     if not query.strip():
         raise UserError('the query is empty; give some words, such as: python semantic_search.py "who reviews a task?"')
     if len(query) > MAX_QUERY_CHARS:
@@ -188,6 +192,11 @@ def search(index: Index, query: str, request: Request) -> dict:
             return {"query": query, "mode": request.mode} | find(index, query[:MAX_QUERY_CHARS], request)
         except Superseded:  # newer indexes were committed since this one was opened, and its files removed
             index.reopen()
+
+
+def readable(query: str) -> str:
+    """Return a query in the form that the documents have, without what is no text (bytes that are no UTF-8)."""
+    return composed(query.encode(errors="replace").decode())
 
 
 def find(index: Index, query: str, request: Request) -> dict:
@@ -273,8 +282,10 @@ def explain(index: Index, place: int, scored: Scored) -> dict:
     similarity = by_words = None
     if cosine is not None:
         similarity = (cosine - scored.mean) / scored.deviation
-        if weight < 1 and combined is not None:
-            by_words = (combined - weight * similarity) / (1 - weight)
+    if weight == 1:  # semantic search ranks by the cosine itself
+        combined = similarity
+    elif combined is not None:
+        by_words = (combined - weight * (similarity or 0.0)) / (1 - weight)
     values = {
         "cosine": cosine,
         "standard_cosine": similarity,
@@ -482,16 +493,24 @@ def make_console():
     """Return what prints for people: colour on a terminal (not with NO_COLOR), 100 columns and no colour on a pipe."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 100, highlight=False, markup=False, emoji=False)
+    class Printer(Console):
+        def on_broken_pipe(self) -> None:  # rich would exit with the status for "nothing relevant found"
+            raise BrokenPipeError
+
+    return Printer(width=None if sys.stdout.isatty() else 100, highlight=False, markup=False, emoji=False)
+
+
+def openable(index: Index, source_file: str) -> str:
+    """Return a document's path as terminals and editors open it: from the current folder, or absolute if outside."""
+    path = Path(index.header["documents_root"]) / source_file
+    if not path.is_file():  # the documents have moved since
+        return source_file
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def location(index: Index, source_file: str, line: int) -> str:
-    """Return file:line as terminals and editors open it: from the current folder, or absolute where it is outside."""
-    path = Path(index.header["documents_root"]) / source_file
-    if not path.is_file():  # the documents have moved since
-        return f"{source_file}:{line}"
-    inside = path.is_relative_to(Path.cwd())
-    return f"{path.relative_to(Path.cwd()) if inside else path}:{line}"
+    """Return file:line for the screen."""
+    return CONTROL.sub(" ", f"{openable(index, source_file)}:{line}")
 
 
 def marked(text: str, words: list[QueryWord], style: str = ""):
@@ -512,7 +531,8 @@ def matches(words: list[QueryWord], text: str) -> list[tuple[int, int]]:
     for as_typed, name, _ in words_and_names(text):
         start = text.index(as_typed, end)
         end = start + len(as_typed)
-        if name in names or any(word.is_in(set(), set(keyword_terms(as_typed)[1])) for word in single):
+        terms = [set(one) for one in keyword_terms(as_typed)]
+        if name in names or any(word.is_in(*terms) for word in single):
             spans.append((start, end))
     return spans
 
@@ -551,9 +571,11 @@ def print_result(console, index: Index, result: dict, words: list[QueryWord]) ->
         else:
             parts.append(Text(f"{passage['start_line']}: {excerpt(passage['text'], [], room)}", "dim"))
     if result["also_in"]:
-        parts.append(Text(f"also in {', '.join(result['also_in'])}", "dim"))
+        files = ", ".join(openable(index, file) for file in result["also_in"])
+        parts.append(Text(CONTROL.sub(" ", f"also in {files}"), "dim"))
     if result["near_copies"]:
-        parts.append(Text(f"nearly the same in {', '.join(result['near_copies'])}", "dim"))
+        places = ", ".join(location(index, *place.rsplit(":", 1)) for place in result["near_copies"])
+        parts.append(Text(f"nearly the same in {places}", "dim"))
     if "explain" in result:
         parts.append(Text(explanation(result["explain"]), "dim"))
     for line in itertools.chain.from_iterable(part.wrap(console, console.width - INDENT) for part in parts if part):
@@ -598,7 +620,8 @@ def print_answer(console, index: Index, answer: dict) -> None:
         print_needs(console, index, answer)
     for document in answer["documents"]:
         covers = ", ".join(str(need + 1) for need in document["needs"]) or "none of the needs by itself"
-        console.print(f"{document['source_file']}  covers {covers}", style="bold", soft_wrap=True)
+        name = CONTROL.sub(" ", document["source_file"])
+        console.print(f"{name}  covers {covers}", style="bold", soft_wrap=True)
         for rank in document["results"]:
             print_result(console, index, answer["results"][rank - 1], words)
 
@@ -651,7 +674,7 @@ def print_comparison(console, index: Index, answer: dict, words: list[QueryWord]
         cells = []
         for result in results:
             text = excerpt(result["text"], words, 2 * (console.width // 2 - INDENT))
-            place = f"{result['source_file']}:{result['start_line']}"
+            place = location(index, result["source_file"], result["start_line"])
             head = ((f"{result['rank']}. ", "bold"), (f"{move(result)}  ", "magenta"), (place, "cyan"))
             cells.append(Text.assemble(*head, "\n", marked(text, words)))
         columns.append(cells)
@@ -708,9 +731,10 @@ HELP = """:mode {modes}   how to search, now {mode}
 
 def answer_query(index: Index, query: str, request: Request, options: argparse.Namespace) -> dict:
     """Search, print, and return the answer; an empty line among many has no results."""
-    query = query.encode(errors="replace").decode()  # bytes of the command line that are no UTF-8
+    query = readable(query)
     if not query.strip() and not options.query:
         answer = {"query": query, "mode": request.mode, "relevant": False, "results": []}
+        answer |= {"needs": [], "documents": [], "entry": None} if request.mode == "task" else {}
     elif options.compare:
         answer = compare(index, load_other(options.compare), query, request)
     else:
@@ -737,6 +761,9 @@ def prompt(index: Index, request: Request, options: argparse.Namespace) -> bool:
         except EOFError:
             print(file=sys.stderr)
             return found
+        except KeyboardInterrupt:  # of a line half typed; Ctrl-D ends the prompt
+            print(file=sys.stderr)
+            continue
         if not line:
             return found
         try:
@@ -782,10 +809,13 @@ def command(index: Index, line: str, request: Request, results: list[dict]) -> R
 
 def open_in_editor(index: Index, result: dict) -> None:
     """Open a result's file at its line in $VISUAL or $EDITOR."""
-    editor = shlex.split(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "")
+    try:
+        editor = shlex.split(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "")
+    except ValueError as error:
+        raise UserError(f"EDITOR can not be read ({error}); set it anew, for example: export EDITOR=nano") from None
     if not editor:
         raise UserError("EDITOR is not set; set it, for example: export EDITOR=nano")
-    path, line = location(index, result["source_file"], result["start_line"]).rsplit(":", 1)
+    path, line = openable(index, result["source_file"]), result["start_line"]
     place = ["--goto", f"{path}:{line}"] if Path(editor[0]).stem in ("code", "codium", "cursor") else [f"+{line}", path]
     try:
         subprocess.run([*editor, *place], check=False)

@@ -194,6 +194,21 @@ def test_evaluate_only_without_a_model_is_one_line(chain, tmp_path, capsys):
     assert str(tmp_path / "none") in error_line(capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("kind", ["folder", "previous folder", "file"])
+def test_what_is_no_model_is_never_replaced_by_one(chain, tmp_path, capsys, kind):
+    target = tmp_path / "precious"
+    if kind == "file":
+        target.write_text("mine", encoding="utf-8")
+    else:
+        folder = target if kind == "folder" else target.with_name("precious.previous")
+        folder.mkdir()
+        (folder / "thesis.txt").write_text("mine", encoding="utf-8")
+    before = snapshot(tmp_path)
+    assert train(chain.data, target, chain.base) == 2
+    assert "--model-dir" in error_line(capsys.readouterr().err)
+    assert snapshot(tmp_path) == before
+
+
 def ask_models(chain, model_dir: Path, path: Path, lines: str, *more) -> int:
     path.write_bytes(lines.encode())
     documents = ["--documents-root", chain.documents, "--documents", "**/*.md"]

@@ -202,11 +202,12 @@ def test_a_server_is_asked_once_for_each_passage_and_what_it_answered_survives_i
         ["--question-endpoint", "file:///etc/passwd", "--question-model", "x"],
         ["--question-endpoint", "http://127.0.0.1:9/v1", "--question-model", "x"],
         ["--question-endpoint", "http://127.0.0.1:9/v1"],
+        ["--question-model", "x"],
     ],
 )
 def test_a_server_that_is_not_there_is_one_line(prepare, capsys, arguments):
     assert prepare(*arguments) == 2
-    assert "--question" in error_line(capsys.readouterr().err) or "127.0.0.1:9" in arguments[1]
+    assert "--question" in error_line(capsys.readouterr().err) or "127.0.0.1:9" in str(arguments)
 
 
 def test_a_server_that_does_not_speak_http_is_one_line(prepare, capsys):
@@ -221,3 +222,10 @@ def test_a_server_that_does_not_speak_http_is_one_line(prepare, capsys):
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
         assert prepare("--question-endpoint", url, "--question-model", "x") == 2
     assert url in error_line(capsys.readouterr().err)
+
+
+def test_empty_lines_in_questions_are_passed_over(prepare):
+    prepare.data.mkdir(exist_ok=True)
+    lines = ["question\tpassage", "", "what is a gateway called?\tDocs/glossary.md:3", "", ""]
+    (prepare.data / "questions.tsv").write_text("\n".join(lines), encoding="utf-8")
+    assert prepare() == 0
