@@ -947,7 +947,8 @@ def question_about(
 ) -> tuple[float, str] | None:
     """Return the best question that a passage answers and how good it is likely to be, from 2 to 4, or None.
 
-    definitions: how often each term is set off as if it were defined; what recurs is a field's label, such as "Status".
+    definitions: how often each term is set off as if it were defined; what recurs is a field's label, such as "Status",
+    and so are several in one paragraph.
     """
     heading = re.sub(r"^[\d.]+\s+", "", passage.heading[-1]) if passage.heading else ""
     if heading.endswith("?"):
@@ -956,7 +957,8 @@ def question_about(
         code, (name, cell) = row[0][1], max(row, key=lambda named: len(named[1]))
         if CODE_NAME.fullmatch(code) and name and cell != code:
             return 3.0, f"What is the {name} of {code}?" if spoken == "en" else f"{code} için {name} nedir?"
-    for term in DEFINED.findall(passage.text):
+    defined = [(DEFINED.findall(block), block.startswith("**")) for block in passage.blocks]
+    for term in (term for terms, stands_alone in defined if len(terms) == 1 or not stands_alone for term in terms):
         if definitions[fold(term)] == 1 and len(term.split()) <= 5:
             if CODE_NAME.search(term) or term[-1].isdigit():
                 return 2.5, f"What has to be done in {term}?" if spoken == "en" else f"{term}: ne yapılacak?"

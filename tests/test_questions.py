@@ -121,6 +121,17 @@ def test_suggestions_are_in_the_documents_language_and_no_template_junk(prepare)
     assert len({row.passage for row in rows}) == len(rows)
 
 
+def test_the_fields_of_a_documents_head_are_no_definitions(prepare):
+    fields = "**Hazırlayan:** Ayşe Kaya, proje ofisinden\n**Son gözden geçirme:** geçen ayın son haftasında yapıldı"
+    term = "**Sönümleyici:** Borudaki basınç dalgasını yutan, havayla dolu küçük kap; her istasyonda bir tane bulunur."
+    text = f"# Kaplar\n\n{fields}\n\nBu belge kapları anlatır, her biri denenmiştir.\n\n## Sözlük\n\n{term}\n"
+    (prepare.data.parent / "project" / "kaplar.md").write_text(text, encoding="utf-8")
+    assert prepare("--suggest-questions") == 0
+    questions = {row.question for row in candidates(prepare.data) if row.source_file == "kaplar.md"}
+    assert "Sönümleyici nedir?" in questions
+    assert not any("gözden geçirme" in question or "Hazırlayan" in question for question in questions)
+
+
 def test_accepted_suggestions_are_used_and_marks_survive_another_suggestion(prepare):
     assert prepare("--suggest-questions") == 0
     rows = candidates(prepare.data)
