@@ -447,7 +447,7 @@ def commit(index_dir: Path, header: dict, records: list[dict], vectors: np.ndarr
         with replacing(files["embeddings"]) as temporary:
             header["keeps_vectors"] = write_vectors(temporary, vectors, header["faiss_index"])
         with replacing(files["keywords"]) as temporary:
-            write_keywords(temporary, ((" ".join(record["heading"]), record["text"]) for record in records)).close()
+            write_keywords(temporary, ((record["heading"], record["text"]) for record in records)).close()
     except (RuntimeError, sqlite3.Error) as error:  # of FAISS and SQLite, where others raise an OSError
         raise UserError(f"{index_dir} can not be written ({error}); make room or name another --index-dir") from None
     header["files"] = {kind: [path.name, *size_and_checksum(path)] for kind, path in files.items()}

@@ -35,7 +35,7 @@ import textwrap
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -189,7 +189,7 @@ class HeldOut:
     @functools.cached_property
     def words(self) -> list[tuple[dict[int, float], float]]:
         """Each query's keyword scores, and how much of it one passage holds."""
-        database = write_keywords(":memory:", (("", text) for text in self.passages))
+        database = write_keywords(":memory:", (((), text) for text in self.passages))
         return [keyword_scores(database, query.query, CANDIDATES) for query in self.queries]
 
     def keyword_matrix(self) -> np.ndarray:
@@ -450,8 +450,8 @@ def keyword_terms(text: str) -> tuple[list[str], list[str]]:
     return exact, stems
 
 
-def write_keywords(path: Path | str, passages: Iterable[tuple[str, str]]) -> sqlite3.Connection:
-    """Write the FTS5 table keywords(heading, stems, exact) of (heading, text) passages; rowid i + 1 is passage i.
+def write_keywords(path: Path | str, passages: Iterable[tuple[Sequence[str], str]]) -> sqlite3.Connection:
+    """Write the FTS5 table keywords(heading, stems, exact) of (heading path, text) passages; rowid i + 1 is passage i.
 
     The table vocabulary(term, passages) tells how many passages hold a term, which FTS5 itself must count each time.
     """
@@ -474,11 +474,15 @@ def write_keywords(path: Path | str, passages: Iterable[tuple[str, str]]) -> sql
     return database
 
 
-def keyword_rows(passages: Iterable[tuple[str, str]]) -> Iterator[tuple[int, str, str, str]]:
-    for row, (heading, text) in enumerate(passages, 1):
+def keyword_rows(passages: Iterable[tuple[Sequence[str], str]]) -> Iterator[tuple[int, str, str, str]]:
+    for row, (headings, text) in enumerate(passages, 1):
         exact, stems = keyword_terms(text)
-        names = [name for _, name, _ in words_and_names(heading) if name] * 3  # "KM-2.1: …" before what mentions it
-        yield row, " ".join(keyword_terms(heading)[1] + names), " ".join(stems), " ".join(exact)
+        names = []
+        for heading in headings:
+            own = [name for _, name, _ in words_and_names(heading)]
+            names += [name for name in own if name]
+            names += [f"-{name}" for name in own[:1] if name]  # "KM-2.1: …", its entry, before what mentions it
+        yield row, " ".join(keyword_terms(" ".join(headings))[1] + 3 * names), " ".join(stems), " ".join(exact)
 
 
 class QueryWord(NamedTuple):
@@ -494,6 +498,12 @@ class QueryWord(NamedTuple):
     kind: str  # "name", "stem" or "beginning"
     passages: int
     weight: float
+
+    def match(self) -> str:
+        """Return the FTS5 expression for passages that hold it."""
+        term = f'"{self.term}"' + " *" * (self.kind == "beginning")
+        entry = f' OR heading: "-{self.term}"' if self.kind == "name" else ""
+        return f'({{heading stems}}: {term} OR exact: "{self.word}"{entry})'
 
     def is_in(self, exact: set[str], stems: set[str]) -> bool:
         """Tell whether a passage with these keyword_terms holds it; a name's parts are the stems of "DevOps"."""
@@ -572,17 +582,13 @@ def keyword_scores(database: sqlite3.Connection, query: str, count: int) -> tupl
             words.append(word)
     if not words:
         return {}, 1.0
-    terms = (f'"{word.term}"' + " *" * (word.kind == "beginning") for word in words)
-    one_by_one = [
-        f'({{heading stems}}: {term} OR exact: "{word.word}")' for term, word in zip(terms, words, strict=True)
-    ]
     best = "SELECT rowid, -rank FROM keywords WHERE keywords MATCH ? ORDER BY rank LIMIT ?"
-    bm25 = dict(database.execute(best, (" OR ".join(one_by_one), count)).fetchall())
+    bm25 = dict(database.execute(best, (" OR ".join(word.match() for word in words), count)).fetchall())
     share = dict.fromkeys(bm25, 0.0)
     holding = f"SELECT rowid FROM keywords WHERE keywords MATCH ? AND +rowid IN ({','.join(map(str, bm25))})"
-    for word, match in zip(words, one_by_one, strict=True):
+    for word in words:
         if word.passages:
-            for (row,) in database.execute(holding, (match,)):
+            for (row,) in database.execute(holding, (word.match(),)):
                 share[row] += word.weight
     if not any(share.values()):  # they hold but parts of a name that no passage holds whole
         return {row - 1: score for row, score in bm25.items()}, 1.0

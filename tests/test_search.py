@@ -930,6 +930,15 @@ def test_a_code_name_typed_in_another_case_is_found_relevant_and_marked(index_of
         ]
 
 
+def test_by_words_the_entry_of_an_id_comes_before_what_mentions_it(index_of):
+    entry = "# Plan\n\n## İlk çeyrek\n\n### KM-9.4: Onay\n\n" + "Belge imzalanır ve arşive kaldırılır. " * 2
+    mentions = "# Notlar\n\n## Durum\n\nToplantıda KM-9.4 ele alındı, sonra öteki işlere geçildi.\n"
+    others = {f"{number}.md": f"# Belge {number}\n\nBahçe işleri, {number}. hafta.\n" for number in range(60)}
+    index = index_of(others | {"plan.md": entry, "notes.md": mentions})
+    results = semantic_search.search(index, "KM-9.4", Request("keyword", 2))["results"]
+    assert [result["source_file"] for result in results] == ["plan.md", "notes.md"]
+
+
 def test_letters_with_their_marks_apart_are_found_in_queries_and_documents(index_of):
     apart = unicodedata.normalize("NFD", "# Ofis\n\nŞüpheli işçiler çağrıldı.\n")
     index = index_of({"a.md": apart, "b.md": "# Diğer\n\nBahçe işleri.\n"})
