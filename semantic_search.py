@@ -570,17 +570,19 @@ def print_result(console, index: Index, result: dict, words: list[QueryWord]) ->
             parts.append(marked(excerpt(result["text"], words, room), words))
         else:
             parts.append(Text(f"{passage['start_line']}: {excerpt(passage['text'], [], room)}", "dim"))
-    if result["also_in"]:
-        files = ", ".join(openable(index, file) for file in result["also_in"])
-        parts.append(Text(CONTROL.sub(" ", f"also in {files}"), "dim"))
-    if result["near_copies"]:
-        places = ", ".join(location(index, *place.rsplit(":", 1)) for place in result["near_copies"])
-        parts.append(Text(f"nearly the same in {places}", "dim"))
     if "explain" in result:
         parts.append(Text(explanation(result["explain"]), "dim"))
     for line in itertools.chain.from_iterable(part.wrap(console, console.width - INDENT) for part in parts if part):
         line.rstrip()
         console.print(Text(" " * INDENT) + line, soft_wrap=True)
+    copies = {
+        "also in": [openable(index, file) for file in result["also_in"]],
+        "nearly the same in": [location(index, *place.rsplit(":", 1)) for place in result["near_copies"]],
+    }
+    for what, places in copies.items():
+        if places:  # in one line, so that each can be opened
+            told = CONTROL.sub(" ", f"{what} {', '.join(places)}")
+            console.print(" " * INDENT + told, style="dim", soft_wrap=True)
     console.print()
 
 
