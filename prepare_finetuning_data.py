@@ -947,8 +947,7 @@ def question_about(
 ) -> tuple[float, str] | None:
     """Return the best question that a passage answers and how good it is likely to be, from 2 to 4, or None.
 
-    definitions: how often each term is set off as if it were defined; what recurs is a field's label, such as "Status",
-    and so are several in one paragraph.
+    definitions: how often each term is set off as if it were defined; what recurs is a field's label, such as "Status".
     """
     heading = re.sub(r"^[\d.]+\s+", "", passage.heading[-1]) if passage.heading else ""
     if heading.endswith("?"):
@@ -957,8 +956,7 @@ def question_about(
         code, (name, cell) = row[0][1], max(row, key=lambda named: len(named[1]))
         if CODE_NAME.fullmatch(code) and name and cell != code:
             return 3.0, f"What is the {name} of {code}?" if spoken == "en" else f"{code} için {name} nedir?"
-    defined = [(DEFINED.findall(block), block.startswith("**")) for block in passage.blocks]
-    for term in (term for terms, stands_alone in defined if len(terms) == 1 or not stands_alone for term in terms):
+    for term in defined_terms(passage):
         if definitions[fold(term)] == 1 and len(term.split()) <= 5:
             if CODE_NAME.search(term) or term[-1].isdigit():
                 return 2.5, f"What has to be done in {term}?" if spoken == "en" else f"{term}: ne yapılacak?"
@@ -970,6 +968,14 @@ def question_about(
         "en": f"What do the documents say about {heading}?",
         "other": f"{heading}?",
     }[spoken]
+
+
+def defined_terms(passage: Passage) -> Iterator[str]:
+    """Yield the terms that a passage defines; several in one paragraph are the fields of a document's head."""
+    for block in passage.blocks:
+        terms = DEFINED.findall(block)
+        if len(terms) == 1 or not block.startswith("**"):
+            yield from terms
 
 
 def ask_endpoint(url: str, model: str, passages: list[Passage], data_dir: Path, max_candidates: int) -> list[Candidate]:

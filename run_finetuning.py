@@ -475,6 +475,7 @@ def write_keywords(path: Path | str, passages: Iterable[tuple[Sequence[str], str
 
 
 def keyword_rows(passages: Iterable[tuple[Sequence[str], str]]) -> Iterator[tuple[int, str, str, str]]:
+    """Yield rowid, heading, stems and exact of each passage, as words apart by spaces."""
     for row, (headings, text) in enumerate(passages, 1):
         exact, stems = keyword_terms(text)
         names = []
@@ -1375,6 +1376,7 @@ def run_identity(options: argparse.Namespace, base_folder: Path) -> str:
 
 
 def check_options(options: argparse.Namespace) -> None:
+    """Refuse numbers that make no sense, and to put a model in the place of something else."""
     for name, low, high in (("epochs", 1, 100), ("batch_size", 2, 65_536), ("max_steps", 0, 10**9)):
         if not low <= getattr(options, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} is not from {low} to {high}")

@@ -546,6 +546,16 @@ def test_an_index_folder_that_is_a_file_is_not_called_damaged(built, tmp_path):
         assert status == 2 and "damaged" not in error_line(printed.err)
 
 
+def test_of_several_processes_one_restores(built, monkeypatch):
+    change(built)
+    assert built.build()[0] == 0
+    before = snapshot(built.index)
+    monkeypatch.setenv("RANK", "1")
+    assert built.manage("--restore")[0] == 0 and snapshot(built.index) == before
+    monkeypatch.setenv("RANK", "0")
+    assert built.manage("--restore")[0] == 0 and snapshot(built.index) != before
+
+
 def test_a_copy_left_by_a_kill_before_the_commit_is_no_step_back(built):
     for old, new in (("Sekiz yüz", "Dokuz yüz"), ("Dokuz yüz", "On bin")):
         change(built, old=old, new=new)
