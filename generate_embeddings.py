@@ -831,6 +831,7 @@ def build(index_dir: Path, wanted: dict, source: Path, backups: int, device: str
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the script's options, with the defaults of config.py."""
     parser = argparse.ArgumentParser(
         description="Embed every passage of the target documents and write the search index.",
         epilog="examples:\n  python generate_embeddings.py\n"
@@ -856,6 +857,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the script with these arguments, by default the command line\'s; return the exit status."""
     options = build_parser().parse_args(argv)
     config.set_verbosity(options)
     index_dir, started = options.index_dir, time.perf_counter()

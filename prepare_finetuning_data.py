@@ -1398,6 +1398,7 @@ def counts(table: dict[str, int]) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the script's options, with the defaults of config.py."""
     parser = argparse.ArgumentParser(
         description="Read the target documents; write training pairs and held-out queries.",
         epilog="examples:\n  python prepare_finetuning_data.py\n"
@@ -1469,6 +1470,7 @@ def write_candidates(passages: list[Passage], templates: set[str], options: argp
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the script with these arguments, by default the command line\'s."""
     options = build_parser().parse_args(argv)
     config.set_verbosity(options)
     config.check_number("MAX_PASSAGE_CHARS", 50)

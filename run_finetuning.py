@@ -980,6 +980,7 @@ def progress_callback(steps: int):
                 (folder / "complete").touch()  # what a kill cuts short lacks it
 
         def on_evaluate(self, args, state, control, **kwargs):
+            """Print loss and nDCG@10 above the bar."""
             row = {"loss": float("nan"), "nDCG@10": float("nan")} | history_of(state.log_history)[-1]
             if state.is_world_process_zero:
                 line = (
@@ -1295,6 +1296,7 @@ class Encoder:
         lengths = np.array([len(one.ids) for one in encoded], dtype=np.int64)
 
         def run(batch: np.ndarray) -> np.ndarray:
+            """Return the embeddings of the texts in these places."""
             ids = np.full((len(batch), lengths[batch[-1]]), self.padding_id, dtype=np.int64)
             mask = np.zeros_like(ids)
             for row, place in enumerate(batch):
@@ -1584,6 +1586,7 @@ def print_side_by_side(query: str, scores: list[np.ndarray], passages: list[Pass
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the script's options, with the defaults of config.py."""
     parser = argparse.ArgumentParser(
         description="Fine-tune the base model on the pairs, compare it with the base, and save it.",
         epilog="examples:\n  python run_finetuning.py\n"
@@ -1626,6 +1629,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the script with these arguments, by default the command line\'s."""
     options = build_parser().parse_args(argv)
     config.set_verbosity(options)
     started = time.perf_counter()

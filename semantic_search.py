@@ -829,6 +829,7 @@ def open_in_editor(index: Index, result: dict) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the script's options, with the defaults of config.py."""
     parser = argparse.ArgumentParser(
         description="Search the target documents by meaning, by words, by both, or for what a task needs.",
         epilog='examples:\n  python semantic_search.py "who reviews a finished task?"\n'
@@ -860,6 +861,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the script with these arguments, by default the command line\'s; return the exit status."""
     options = build_parser().parse_args(argv)
     config.set_verbosity(options)
     if options.top_k < 1:
