@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+import math
 import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -185,6 +187,18 @@ def sample_texts() -> list[str]:
     return [path.read_text(encoding="utf-8") for path in sorted(SAMPLE_PROJECT.rglob("*.md"))] + [*DOCUMENTS.values()]
 
 
+def vocabulary(tokenizer) -> tuple[dict[str, int], list[str]]:
+    """Return the commonest words of the sample texts with their counts, and all letters.
+
+    tokenizers' own trainers come to another vocabulary, or another order of it, in each process.
+    """
+    plain = (tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text for text in sample_texts())
+    counts = Counter(word for text in plain for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    letters = sorted(set("".join(counts)))
+    words = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))[:1200]
+    return {word: counts[word] for word in words}, letters
+
+
 def save_sentence_model(folder: Path, fast_tokenizer, pad_token_id: int, window: int, normalize: bool) -> Path:
     import torch
     from sentence_transformers import SentenceTransformer
@@ -216,15 +230,17 @@ def save_sentence_model(folder: Path, fast_tokenizer, pad_token_id: int, window:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A model shaped like all-MiniLM-L6-v2: BERT, WordPiece, mean pooling, Normalize."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertTokenizerFast
 
     special = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=1500, special_tokens=[*special.values()], show_progress=False)
-    tokenizer.train_from_iterator(sample_texts(), trainer)
+    words, letters = vocabulary(tokenizer)
+    pieces = [*special.values(), *letters, *(f"##{letter}" for letter in letters), *words]
+    tokenizer.model = models.WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="[UNK]")
+    tokenizer.add_special_tokens([*special.values()])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
@@ -237,16 +253,18 @@ def tiny_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_multilingual_model(tmp_path_factory) -> Path:
     """Shaped like paraphrase-multilingual-MiniLM-L12-v2: BERT, Unigram tokenizer, mean pooling, no Normalize."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=1500, special_tokens=[*special, "<mask>"], unk_token="<unk>", show_progress=False
-    )
-    tokenizer.train_from_iterator(sample_texts(), trainer)
+    words, letters = vocabulary(tokenizer)
+    total = sum(words.values())
+    pieces = [*((token, 0.0) for token in [*special, "<mask>"]), *((letter, -math.log(total)) for letter in letters)]
+    pieces += [(word, math.log(count / total)) for word, count in words.items()]
+    tokenizer.model = models.Unigram(pieces, special.index("<unk>"))
+    tokenizer.add_special_tokens([*special, "<mask>"])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )

@@ -25,7 +25,7 @@ from prepare_finetuning_data import CorpusPassage, Pair, Query, read_corpus, wri
 from run_finetuning import Encoder, HeldOut, compare, confidence_interval, gains, load_model, model_fingerprint
 
 VERDICT = re.compile(
-    r"VERDICT (improved|unchanged|kept-base|worse) nDCG@10 ([\d.]+) -> ([\d.]+)"
+    r"VERDICT (improved|unchanged|kept-base|worse|unknown) nDCG@10 ([\d.]+) -> ([\d.]+)"
     r" \(([+-][\d.]+), 95% CI ([+-][\d.]+)\.\.([+-][\d.]+), (\d+) queries\)"
 )
 TEXTS = ["Kısa.", "Gece debisi yükselirse alarm verilir.", "The collector runs as one container. " * 30, "KM-2.1", ""]
