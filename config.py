@@ -14,6 +14,8 @@ import errno
 import glob
 import io
 import os
+import re
+import shlex
 import shutil
 import signal
 import sys
@@ -107,6 +109,17 @@ def set_verbosity(options: argparse.Namespace) -> None:
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 
+def next_command(command: str, option: str, path: Path | str, usual: Path) -> str:
+    """Return the line that names the next step, with the option that tells it a path other than the usual one."""
+    return f"next: {command}" + f" {option} {shlex.quote(printable(str(path)))}" * (Path(path) != usual)
+
+
+def printable(text: str) -> str:
+    """Return a text, or a file's name, that neither steers the terminal nor turns the direction of writing."""
+    shown = text.encode(errors="backslashreplace").decode()
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", " ", shown)
+
+
 def duration(seconds: float) -> str:
     """Return a time in the unit that people would use."""
     if seconds < 100:
@@ -186,7 +199,7 @@ def run(main: Callable[[], int | None]) -> None:
             status = main() or 0
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("interrupted; what was there before is unchanged", file=sys.stderr)
@@ -196,7 +209,7 @@ def run(main: Callable[[], int | None]) -> None:
         status = 128 + getattr(signal, "SIGPIPE", 13)
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
-            where = f"{error.filename}: " if error.filename else ""
+            where = printable(f"{error.filename}: ") if error.filename else ""
             print(f"error: {where}{error.strerror}; make room, allow access or name another place", file=sys.stderr)
         else:  # a fault of ours; Python's own status for it, 1, would say that nothing was found
             traceback.print_exc()

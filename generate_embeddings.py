@@ -51,7 +51,7 @@ import numpy as np
 import orjson
 
 import config
-from config import UserError, previous, remove, replacing, restore_previous, sync
+from config import UserError, next_command, previous, remove, replacing, restore_previous, sync
 from prepare_finetuning_data import (
     WINDOW_FILES,
     Passage,
@@ -857,7 +857,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the script with these arguments, by default the command line\'s; return the exit status."""
+    """Run the script with these arguments, by default the command line's; return the exit status."""
     options = build_parser().parse_args(argv)
     config.set_verbosity(options)
     index_dir, started = options.index_dir, time.perf_counter()
@@ -888,16 +888,17 @@ def main(argv: list[str] | None = None) -> int:
             "faiss_index": config.FAISS_INDEX,
             **current_state(options.documents_root, paths, options.model, source),
         }
-        reasons = reasons_to_build(index_dir, wanted)
+        reasons = config.printable("; ".join(reasons_to_build(index_dir, wanted)))
         if options.check or not reasons:
-            print(f"{index_dir} is " + ("not current: " + "; ".join(reasons) if reasons else "current"))
+            print(f"{index_dir} is " + (f"not current: {reasons}" if reasons else "current"))
             return 1 if reasons else 0
-        print("; ".join(reasons), file=sys.stderr)
+        print(reasons, file=sys.stderr)
         with locked(index_dir):
             counts = build(index_dir, wanted, source, config.INDEX_BACKUPS, config.DEVICE)
     seconds = time.perf_counter() - started
     print(f"{len(paths)} documents, {counts[0]} distinct passages, {counts[1]} embedded; {config.duration(seconds)}")
-    print(f'wrote {index_dir}; next: python semantic_search.py "your question"')
+    search = 'python semantic_search.py "your question"'
+    print(f"wrote {index_dir}; {next_command(search, '--index-dir', index_dir, config.INDEX_DIR)}")
     return 0
 
 

@@ -45,7 +45,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import config
-from config import UserError, replacing
+from config import UserError, next_command, printable, replacing
 
 # ------------------------------------------------------------------------------------ documents on disk
 
@@ -118,7 +118,7 @@ def composed(text: str) -> str:
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message.encode(errors='backslashreplace').decode()}", file=sys.stderr)
+    print(f"warning: {printable(message)}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------- text and words
@@ -1470,7 +1470,7 @@ def write_candidates(passages: list[Passage], templates: set[str], options: argp
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the script with these arguments, by default the command line\'s."""
+    """Run the script with these arguments, by default the command line's."""
     options = build_parser().parse_args(argv)
     config.set_verbosity(options)
     config.check_number("MAX_PASSAGE_CHARS", 50)
@@ -1513,7 +1513,8 @@ def main(argv: list[str] | None = None) -> None:
         write_report(options.report, report, passages, family, templates, pairs, tokens, window)
     if not options.quiet:
         print_report(report)
-    print(f"wrote {options.data_dir}{f' and {options.report}' * bool(options.report)}; next: python run_finetuning.py")
+    following = next_command("python run_finetuning.py", "--data-dir", options.data_dir, config.FINE_TUNING_DATA_DIR)
+    print(f"wrote {options.data_dir}{f' and {options.report}' * bool(options.report)}; {following}")
 
 
 if __name__ == "__main__":

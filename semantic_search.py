@@ -40,7 +40,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -53,7 +52,7 @@ from typing import NamedTuple
 import numpy as np
 
 import config
-from config import UserError, replacing
+from config import UserError, printable, replacing
 from generate_embeddings import Index, Superseded, load_index
 from prepare_finetuning_data import composed, plain_text, render, sentences, warn
 from run_finetuning import (
@@ -482,8 +481,6 @@ def share(semantic_weight: float | None, keyword_weight: float | None) -> float 
 
 # ------------------------------------------------------------------------------------------ the terminal
 
-# A document must not steer the terminal, nor turn the direction of writing.
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 EXCERPT_LINES = 3
 INDENT = 3
 SEARCHED_DEEPER = 50  # ranks to which the other index of --compare is searched, to tell a move from a loss
@@ -510,7 +507,7 @@ def openable(index: Index, source_file: str) -> str:
 
 def location(index: Index, source_file: str, line: int) -> str:
     """Return file:line for the screen."""
-    return CONTROL.sub(" ", f"{openable(index, source_file)}:{line}")
+    return printable(f"{openable(index, source_file)}:{line}")
 
 
 def marked(text: str, words: list[QueryWord], style: str = ""):
@@ -539,7 +536,7 @@ def matches(words: list[QueryWord], text: str) -> list[tuple[int, int]]:
 
 def excerpt(text: str, words: list[QueryWord], room: int) -> str:
     """Return the part of a text, from a sentence's start, that holds most of the query's words in `room` columns."""
-    text = CONTROL.sub("", plain_text(text))
+    text = printable(plain_text(text))
     if len(text) <= room:
         return text
     spans = matches(words, text)
@@ -563,7 +560,7 @@ def print_result(console, index: Index, result: dict, words: list[QueryWord]) ->
     relevance_shown = (f"  relevance {result['relevance']:.2f}", "dim")
     console.print(Text.assemble((f"{result['rank']}. ", "bold"), (place, "cyan"), relevance_shown), soft_wrap=True)
     room = EXCERPT_LINES * (console.width - INDENT)
-    parts = [marked(CONTROL.sub("", result["heading"]), words, "dim")]
+    parts = [marked(printable(result["heading"]), words, "dim")]
     around = sorted([*result.get("context", []), result], key=lambda passage: passage["chunk_index"])
     for passage in around:
         if passage is result:
@@ -581,7 +578,7 @@ def print_result(console, index: Index, result: dict, words: list[QueryWord]) ->
     }
     for what, places in copies.items():
         if places:  # in one line, so that each can be opened
-            told = CONTROL.sub(" ", f"{what} {', '.join(places)}")
+            told = printable(f"{what} {', '.join(places)}")
             console.print(" " * INDENT + told, style="dim", soft_wrap=True)
     console.print()
 
@@ -622,7 +619,7 @@ def print_answer(console, index: Index, answer: dict) -> None:
         print_needs(console, index, answer)
     for document in answer["documents"]:
         covers = ", ".join(str(need + 1) for need in document["needs"]) or "none of the needs by itself"
-        name = CONTROL.sub(" ", document["source_file"])
+        name = printable(document["source_file"])
         console.print(f"{name}  covers {covers}", style="bold", soft_wrap=True)
         for rank in document["results"]:
             print_result(console, index, answer["results"][rank - 1], words)
@@ -635,9 +632,7 @@ def print_needs(console, index: Index, answer: dict) -> None:
         place = location(index, entry["source_file"], entry["start_line"])
         console.print(f"{answer['query']} is described in {place}", soft_wrap=True)
     for number, need in enumerate(answer["needs"], 1):
-        console.print(
-            f"{number}. {CONTROL.sub(' ', textwrap.shorten(need['text'], 2 * console.width, placeholder=' …'))}"
-        )
+        console.print(f"{number}. {printable(textwrap.shorten(need['text'], 2 * console.width, placeholder=' …'))}")
         places = [location(index, source["source_file"], source["start_line"]) for source in need["covered_by"][:3]]
         for place in places or ["nothing here covers it"]:
             console.print(" " * INDENT + place, style="cyan" if places else "yellow", soft_wrap=True)
@@ -861,7 +856,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the script with these arguments, by default the command line\'s; return the exit status."""
+    """Run the script with these arguments, by default the command line's; return the exit status."""
     options = build_parser().parse_args(argv)
     config.set_verbosity(options)
     if options.top_k < 1:
@@ -877,7 +872,7 @@ def main(argv: list[str] | None = None) -> int:
         options.mode, options.top_k, config.SEMANTIC_WEIGHT, options.min_relevance, options.context, options.explain
     )
     if changed := index.changed_documents():
-        names = CONTROL.sub(" ", ", ".join(changed[:3])) + ", …" * (len(changed) > 3)
+        names = ", ".join(changed[:3]) + ", …" * (len(changed) > 3)
         warn(f"{options.index_dir} is older than {len(changed)} of its documents ({names}); run generate_embeddings.py")
     piped = (line.decode(errors="replace").rstrip("\r\n") for line in sys.stdin.buffer)
     if options.html:
