@@ -44,7 +44,7 @@ from typing import NamedTuple
 import numpy as np
 
 import config
-from config import UserError, duration, previous, remove, replacing, restore_previous, sync
+from config import UserError, duration, next_command, previous, remove, replacing, restore_previous, sync
 from prepare_finetuning_data import (
     CHART_COLOURS,
     WINDOW_FILES,
@@ -403,7 +403,7 @@ def fitted_weight(share: float | None) -> float:
     """
     if share is None:
         return DEFAULT_SEMANTIC_WEIGHT
-    return round(min(max(0.15, share), 1.0) * (0.8 if share >= KNOWS_LANGUAGE else 0.5), 2)
+    return round(min(0.95 * share, 0.85) if share >= KNOWS_LANGUAGE else 0.5 * max(0.15, share), 2)
 
 
 # ------------------------------------------------------------------- scores by words (SQLite FTS5), and by both
@@ -1034,28 +1034,68 @@ def choose_weights(model, base_weights: dict, choosing: HeldOut) -> tuple[float,
     return best, {alpha: float(own.mean()) for alpha, own in by_alpha.items()}
 
 
-def spread_out(model, judged: HeldOut, power: float) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return each query's similarities with the model's vectors spread over their directions, and the matrix for it.
+def spread_out(model, judged: HeldOut, watched: HeldOut, pairs: list[Pair], power: float) -> tuple[np.ndarray, bool]:
+    """Have the model tell more by what sets a project's texts apart; return its similarities then, and whether it does.
 
-    The texts of one project crowd into few directions of a general model, and training narrows that little. A last
-    linear layer that half undoes it gains about as much again as the training. Where the queries that choose find
-    clearly less by it, the matrix is None and the similarities are the model's own.
+    Its tokens count by their rarity (weigh_tokens), and a last linear layer undoes in part that the texts crowd into
+    few directions of a general model (spreading), which training narrows little: together they gain about as much again
+    as the training. Then directions in which anchors are far from their own positives, as a heading is from any
+    paragraph, count for less, half as strongly: within-class covariance normalization (Hatch, Kajarekar and Stolcke,
+    Interspeech 2006). Where the watched queries, those that choose, find clearly less by all this, the model stays as
+    it was.
     """
     if len(judged.queries) < MIN_QUERIES:
-        return judged.similarities(model), None
+        return judged.similarities(model), False
+    before, modules = gains(watched.ranks(watched.similarities(model)))["nDCG@10"], list(model)
+    weigh_tokens(model, judged.passages)
     queries, passages = judged.vectors(model)
     matrix = spreading(passages, power)
-    spread = [vectors @ matrix for vectors in (queries, passages)]
-    queries_spread, passages_spread = (own / np.linalg.norm(own, axis=1, keepdims=True) for own in spread)
-    before, after = queries @ passages.T, queries_spread @ passages_spread.T
-    if not is_as_good(*(gains(judged.ranks(scores))["nDCG@10"][CHOOSING] for scores in (after, before))):
-        return before, None
-    return after, matrix
+    matrix = matrix @ spreading(pair_differences(model, pairs) @ matrix, power / 2)
+    add_linear(model, matrix)
+    if not is_as_good(gains(watched.ranks(watched.similarities(model)))["nDCG@10"], before):
+        keep_modules(model, modules)
+        return judged.similarities(model), False
+    queries, passages = (own / np.linalg.norm(own, axis=1)[:, None] for own in (queries @ matrix, passages @ matrix))
+    return queries @ passages.T, True
+
+
+def keep_modules(model, modules: list) -> None:
+    """Take those modules out of the model that are not among these."""
+    for place in reversed(range(len(model))):
+        if model[place] not in modules:
+            del model[place]
+
+
+def weigh_tokens(model, texts: list[str], smoothing: float = 0.003) -> None:
+    """Have mean pooling weigh each token by smoothing / (smoothing + its share of the texts' tokens).
+
+    This is smooth inverse frequency (Arora, Liang and Ma, ICLR 2017), in the library's WordWeights module. A model that
+    does not pool over tokens, or weighs them already, is left as it is.
+    """
+    from sentence_transformers.sentence_transformer.modules import Pooling, WordWeights
+
+    place = next((place for place, module in enumerate(model) if isinstance(module, Pooling)), None)
+    if place is None or any(isinstance(module, WordWeights) for module in model):
+        return
+    backend = model.tokenizer.backend_tokenizer
+    encoded = backend.encode_batch(texts)  # padded where the model has been used before
+    counts = Counter(token for one in encoded for token, own in zip(one.tokens, one.attention_mask, strict=True) if own)
+    names = {number: token for token, number in backend.get_vocab().items()}
+    weights = {token: smoothing / (smoothing + count / counts.total()) for token, count in sorted(counts.items())}
+    vocabulary = [names.get(number, "") for number in range(max(names) + 1)]
+    model.insert(place, WordWeights(vocabulary, weights).to(model.device))
+
+
+def pair_differences(model, pairs: list[Pair]) -> np.ndarray:
+    """Return the normalised embeddings of the anchors less those of their positives, in rows."""
+    texts = [pair.anchor for pair in pairs] + [pair.positive for pair in pairs]
+    vectors = model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+    return vectors[: len(pairs)] - vectors[len(pairs) :]
 
 
 def spreading(vectors: np.ndarray, power: float, ridge: float = 0.1) -> np.ndarray:
-    """Return the symmetric matrix that lessens how unevenly vectors fill their directions; of shape (dimensions,
-    dimensions); vectors: normalised, a row each.
+    """Return the symmetric matrix that lessens how unevenly vectors, a row each, fill their directions; of shape
+    (dimensions, dimensions).
 
     power 1 is whitening (Su et al., "Whitening Sentence Representations", 2021), 0 changes nothing; in between, what
     the model has learnt to tell apart keeps counting for more. ridge: a share of the mean variance that is added to
@@ -1067,16 +1107,18 @@ def spreading(vectors: np.ndarray, power: float, ridge: float = 0.1) -> np.ndarr
 
 
 def add_linear(model, matrix: np.ndarray) -> None:
-    """Multiply the model's sentence embeddings by a matrix, before they are normalised where the model does that."""
+    """Multiply the model's sentence embeddings by a matrix, from the right, before it normalises them if it does."""
     import torch
     from sentence_transformers.base.modules import Dense, Normalize
 
     size = len(matrix)
-    layer = Dense(size, size, False, torch.nn.Identity(), init_weight=torch.from_numpy(matrix)).to(model.device)
+    weight = torch.from_numpy(matrix.T.copy())  # a linear layer multiplies by its weight's transpose
+    layer = Dense(size, size, False, torch.nn.Identity(), init_weight=weight).to(model.device)
     model.insert(len(model) - isinstance(model[-1], Normalize), layer)
 
 
 POWER = 0.5  # of spreading
+SPREAD_PAIRS = 500  # how many pairs tell by what anchors differ from their positives; more tell no better
 CAUTIOUS_ALPHA, CAUTIOUS_POWER = 0.5, 0.25  # the most for a base that knows the language, or without a clear gain
 
 
@@ -1356,10 +1398,11 @@ def plan_steps(rows: int, seconds: float, budget_seconds: float, options: argpar
 def training_budget(elapsed: float, watched: HeldOut, judged: HeldOut, max_minutes: float) -> float:
     """Return the seconds that the evaluation leaves for the training; elapsed: those that searching the base took.
 
-    What follows is the search with the tuned model, once more where it steps back, four looks at the watched queries,
-    and five mixtures of weights.
+    What follows is the search with the tuned model and the vectors of SPREAD_PAIRS, both once more where it steps back,
+    four looks at the watched queries, one at each of five mixtures of weights, and two at what spreading is worth.
     """
-    evaluation_seconds = elapsed * (2 + 9 * len(watched.passages) / max(1, len(judged.passages)))
+    texts = 13 * len(watched.passages) + 2 * SPREAD_PAIRS
+    evaluation_seconds = elapsed * (2 + texts / max(1, len(judged.passages)))
     if is_first_process():
         print(f"evaluation will take about {duration(evaluation_seconds)}, besides the training:", file=sys.stderr)
     return max_minutes * 60 - elapsed - evaluation_seconds
@@ -1477,27 +1520,34 @@ def judge(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, kept_base: bool,
 
 
 def settle(
-    model, base_folder: Path, judged: HeldOut, base: np.ndarray, evaluation: dict, options: argparse.Namespace
+    model,
+    base_folder: Path,
+    judged: HeldOut,
+    watched: HeldOut,
+    pairs: list[Pair],
+    base: np.ndarray,
+    evaluation: dict,
+    options: argparse.Namespace,
 ) -> np.ndarray:
     """Spread the model's vectors, more cautiously and near the base's weights where needed; return its similarities.
 
     Enough held-out questions of people's show by themselves what was learnt, in whatever language.
     """
+    pairs, trained = random.Random(options.seed).sample(pairs, min(SPREAD_PAIRS, len(pairs))), list(model)
     asked = sum(query.strategy == "question" for query in judged.queries)
     known = asked < MIN_QUERIES and (language_share(judged, base) or 0) >= KNOWS_LANGUAGE
     reason = "known language" if known else None
     if not reason:
-        tuned, matrix = spread_out(model, judged, POWER)
+        tuned, spread = spread_out(model, judged, watched, pairs, POWER)
         halves = (judged.ranks(scores)[DECIDING] for scores in (base, tuned))
         verdict = compare(judged.queries[DECIDING], *halves, False, options.seed)["verdict"]
         reason = "no clear gain" if verdict in ("unchanged", "unknown") else None
     if reason:
         print(f"staying near the base: {reason}", file=sys.stderr)
+        keep_modules(model, trained)
         evaluation["alpha"] = step_back(model, base_folder, evaluation["alpha"])
-        tuned, matrix = spread_out(model, judged, CAUTIOUS_POWER)
-    evaluation |= {"stepped_back": reason, "spread": matrix is not None}
-    if matrix is not None:
-        add_linear(model, matrix)
+        tuned, spread = spread_out(model, judged, watched, pairs, CAUTIOUS_POWER)
+    evaluation |= {"stepped_back": reason, "spread": spread}
     return tuned
 
 
@@ -1629,7 +1679,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the script with these arguments, by default the command line\'s."""
+    """Run the script with these arguments, by default the command line's."""
     options = build_parser().parse_args(argv)
     config.set_verbosity(options)
     started = time.perf_counter()
@@ -1659,7 +1709,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluation = fine_tune(model, pairs, watched, planned, budget_seconds, identity, options)
     if not is_first_process():
         return
-    tuned = settle(model, base_folder, judged, base, evaluation, options)
+    tuned = settle(model, base_folder, judged, watched, pairs, base, evaluation, options)
     kept_base = evaluation["alpha"] == 0 and not evaluation["letters_read_plainly"] and not evaluation["spread"]
     result = decide(judged, base, tuned, kept_base, options)
     if result["rejected"]:
@@ -1679,9 +1729,10 @@ def finish(model, evaluation: dict, judged: HeldOut, options: argparse.Namespace
         summary = f"not saved, the installed model searches better: {better}; --force replaces it"
     else:
         save_model(model, options.model_dir, evaluation, judged.passages[:64])
+        usual = config.FINE_TUNED_MODEL_DIR / config.MODEL_NAME
         summary = (
             f"wrote {options.model_dir} in {duration(60 * evaluation['minutes'])}; report.html there shows what was"
-            " gained; next: python generate_embeddings.py"
+            f" gained; {next_command('python generate_embeddings.py', '--model', options.model_dir, usual)}"
         )
     remove(workspace(options.model_dir))
     print_comparison(evaluation["comparison"], options.quiet, summary)

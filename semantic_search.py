@@ -730,8 +730,10 @@ def answer_query(index: Index, query: str, request: Request, options: argparse.N
     """Search, print, and return the answer; an empty line among many has no results."""
     query = readable(query)
     if not query.strip() and not options.query:
-        answer = {"query": query, "mode": request.mode, "relevant": False, "results": []}
+        nothing = {"relevant": False, "results": []}
+        answer = {"query": query, "mode": request.mode} | nothing
         answer |= {"needs": [], "documents": [], "entry": None} if request.mode == "task" else {}
+        answer |= {"other": {"index_dir": str(options.compare)} | nothing} if options.compare else {}
     elif options.compare:
         answer = compare(index, load_other(options.compare), query, request)
     else:
@@ -865,6 +867,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--min-relevance {options.min_relevance} is not from 0 to 1")
     if options.html and not options.compare:
         raise UserError("--html needs --compare DIR, the index to compare with")
+    if options.html and options.json:
+        raise UserError("--html writes a page and --json prints lines; give one of them")
     if options.context < 0:
         raise UserError(f"--context {options.context} is too low; the least is 0")
     index = load_index(options.index_dir)

@@ -8,7 +8,7 @@
 A question is a line {"query": "…", "gold": [{"file": "plan.md", "contains": "words of the answer"}]}: a passage of that
 file which holds these words, or lies within them, is right. Each model is trained --steps steps by run_finetuning.py's
 own functions on what prepare_finetuning_data.py makes of the documents without the held-out ones. The figures are
-nDCG@10 by meaning of the first right passage, after the training and after the last linear layer (spreading).
+nDCG@10 by meaning of the first right passage, after the training and with the vectors' directions spread (spreading).
 """
 
 import argparse

@@ -125,3 +125,15 @@ def test_a_folder_that_may_not_be_written_is_one_line(project, tmp_path):
     )
     assert done.returncode == 2
     assert str(tmp_path / "data") in error_line(done.stderr)
+
+
+def test_the_next_command_names_a_folder_that_config_does_not():
+    usual = config.INDEX_DIR
+    assert config.next_command("python search.py", "--index-dir", usual, usual) == "next: python search.py"
+    told = config.next_command("python search.py", "--index-dir", "my index", usual)
+    assert told == "next: python search.py --index-dir 'my index'"
+
+
+def test_a_script_tells_the_next_one_where_it_wrote(tmp_path):
+    done = run_script("prepare_finetuning_data.py", "--data-dir", tmp_path / "data")
+    assert done.stdout.endswith(f"next: python run_finetuning.py --data-dir {tmp_path / 'data'}\n")

@@ -1,6 +1,7 @@
 """Training, the verdict, and what is saved when things go right and wrong."""
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, error_line, exit_status, start_script, wait_until
+from sentence_transformers.base.modules import Dense
 
 import config
 import run_finetuning
@@ -106,39 +108,94 @@ def crowded(count: int, noise: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     return tuple((one / np.linalg.norm(one, axis=1, keepdims=True)).astype(np.float32) for one in both)
 
 
+def give_vectors(monkeypatch, queries: np.ndarray, passages: np.ndarray) -> None:
+    """Have each model embed the held-out texts as these vectors, which its last linear layer, if any, multiplies."""
+
+    def vectors(held_out, model):
+        layers = [module.linear.weight.detach().numpy().T for module in model if isinstance(module, Dense)]
+        own = (functools.reduce(np.matmul, layers, one) for one in (queries, passages))
+        return tuple(one / np.linalg.norm(one, axis=1, keepdims=True) for one in own)
+
+    monkeypatch.setattr(HeldOut, "vectors", vectors)
+    monkeypatch.setattr(run_finetuning, "pair_differences", lambda model, pairs: queries - passages)
+
+
+def corpus_of(count: int) -> HeldOut:
+    return HeldOut(queries_of(count), [CorpusPassage(f"answer {i}", "a.md") for i in range(count)])
+
+
 @pytest.mark.parametrize("base", ["tiny_model", "tiny_multilingual_model"])
-def test_a_model_whose_vectors_crowd_is_spread_and_saved_with_the_layer(base, request, tmp_path, monkeypatch):
+def test_a_model_whose_vectors_crowd_is_spread_and_saved_with_the_layers(base, request, tmp_path, monkeypatch):
     model = load_model(request.getfixturevalue(base), "cpu")
     size = 2 * run_finetuning.MIN_QUERIES
-    held_out = HeldOut(queries_of(size), [CorpusPassage(f"answer {i}", "a.md") for i in range(size)])
-    plain = [model.encode(list(texts), normalize_embeddings=True) for texts in (TEXTS, held_out.passages)]
-    monkeypatch.setattr(HeldOut, "vectors", lambda self, model: crowded(size, 0.5))
-    scores, matrix = run_finetuning.spread_out(model, held_out, 0.5)
-    run_finetuning.add_linear(model, matrix)
+    held_out = corpus_of(size)
     queries, passages = crowded(size, 0.5)
+    give_vectors(monkeypatch, queries, passages)
+    scores, spread = run_finetuning.spread_out(model, held_out, held_out, [], 0.5)
     ranks = [held_out.ranks(own) for own in (queries @ passages.T, scores)]
-    assert gains(ranks[1])["nDCG@10"].mean() > gains(ranks[0])["nDCG@10"].mean()
-    wanted = plain[0] @ run_finetuning.spreading(passages, 0.5)
-    wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
-    assert np.allclose(model.encode(TEXTS, normalize_embeddings=True), wanted, atol=1e-4)
+    assert spread and gains(ranks[1])["nDCG@10"].mean() > gains(ranks[0])["nDCG@10"].mean()
+    assert np.allclose(scores, held_out.similarities(model), atol=1e-5), "the layer does what was judged"
     run_finetuning.save_with_onnx(model, tmp_path / "model", TEXTS)
     assert_same_embeddings(tmp_path / "model", TEXTS)
-    fingerprint = model_fingerprint(tmp_path / "model")
-    layer = next((tmp_path / "model").glob("*_Dense")) / "model.safetensors"
-    layer.write_bytes(layer.read_bytes()[:-1] + b"\1")
-    assert model_fingerprint(tmp_path / "model") != fingerprint
+    saved = load_model(tmp_path / "model", "cpu")
+    assert np.allclose(saved.encode(TEXTS), model.encode(TEXTS), atol=1e-5)
+    for kind in ("WordWeights", "Dense"):
+        fingerprint = model_fingerprint(tmp_path / "model")
+        layer = next((tmp_path / "model").glob(f"*_{kind}")) / "model.safetensors"
+        layer.write_bytes(layer.read_bytes()[:-1] + b"\1")
+        assert model_fingerprint(tmp_path / "model") != fingerprint
+
+
+@pytest.mark.parametrize("base", ["tiny_model", "tiny_multilingual_model"])
+def test_tokens_count_by_their_rarity_in_the_documents(base, request):
+    model = load_model(request.getfixturevalue(base), "cpu")
+    texts = ["görev görev görev rapor", "görev KM-2.1", "rapor"]
+    encoded = model.tokenizer.backend_tokenizer.encode_batch(texts)
+    tokens = [token for one in encoded for token in one.tokens]
+    features = model.preprocess(texts)
+    states = model[0](dict(features))["token_embeddings"].detach()
+    weights = torch.tensor(
+        [
+            [0.003 / (0.003 + tokens.count(token) / len(tokens)) for token in one]
+            for one in (model.tokenizer.convert_ids_to_tokens(row) for row in features["input_ids"])
+        ]
+    )
+    weights = (weights * features["attention_mask"])[..., None]
+    wanted = torch.nn.functional.normalize((states * weights).sum(dim=1), dim=1)
+    plain = model.encode(texts, normalize_embeddings=True)
+    run_finetuning.weigh_tokens(model, texts)
+    weighted = model.encode(texts, normalize_embeddings=True)
+    assert np.allclose(weighted, wanted, atol=1e-5) and not np.allclose(weighted, plain, atol=1e-3)
+    run_finetuning.weigh_tokens(model, texts)
+    assert np.allclose(model.encode(texts, normalize_embeddings=True), weighted), "once, however often a model is tuned"
+
+
+def test_directions_in_which_anchors_are_far_from_their_positives_count_for_less(tiny_model, monkeypatch):
+    model = load_model(tiny_model, "cpu")
+    pairs = [Pair(f"question {i}", f"answer {i} of many", "", "sentence", "a.md") for i in range(50)]
+    differences = run_finetuning.pair_differences(model, pairs)
+    anchors, positives = (model.encode([pair[side] for pair in pairs], normalize_embeddings=True) for side in (0, 1))
+    assert np.allclose(differences, anchors - positives, atol=1e-5)
+    even = np.tile(np.eye(32, dtype=np.float32), (2, 1))  # vectors that crowd nowhere
+    give_vectors(monkeypatch, even, even)
+    monkeypatch.setattr(run_finetuning, "pair_differences", lambda model, pairs: differences)
+    assert run_finetuning.spread_out(model, corpus_of(64), corpus_of(64), pairs, 0.5)[1]
+    matrix = next(module.linear.weight.detach().numpy().T for module in model if isinstance(module, Dense))
+    _, directions = np.linalg.eigh(differences.T @ differences)
+    lengths = np.linalg.norm(directions.T @ matrix, axis=1)
+    assert lengths[-1] < 0.8 * lengths[0] and np.argmin(lengths) == 31
+    assert np.all(np.diff(lengths) < 1e-3), "the farther, the less"
 
 
 def test_vectors_stay_as_they_are_where_the_held_out_queries_would_lose_or_are_few(tiny_model, monkeypatch):
     def spread(count: int, vectors: tuple[np.ndarray, np.ndarray]) -> bool:
-        held_out = HeldOut(queries_of(count), [CorpusPassage(f"answer {i}", "a.md") for i in range(count)])
-        monkeypatch.setattr(HeldOut, "vectors", lambda self, model: vectors)
-        scores, matrix = run_finetuning.spread_out(model, held_out, 0.5)
-        assert np.array_equal(scores, vectors[0] @ vectors[1].T)
-        return matrix is not None
+        give_vectors(monkeypatch, *vectors)
+        scores, done = run_finetuning.spread_out(model, corpus_of(count), corpus_of(count), [], 0.5)
+        assert np.allclose(scores, corpus_of(count).similarities(model), atol=1e-5)
+        return done
 
     model = load_model(tiny_model, "cpu")
-    modules = len(model)
+    modules = list(model)
     assert not spread(run_finetuning.MIN_QUERIES - 1, crowded(run_finetuning.MIN_QUERIES - 1, 0.5))
     # The answers differ in their strongest direction alone; all the others hold noise, which spreading raises.
     rng = np.random.default_rng(2)
@@ -149,7 +206,7 @@ def test_vectors_stay_as_they_are_where_the_held_out_queries_would_lose_or_are_f
     passages[:, 2:] += rng.normal(scale=0.003, size=(60, 30))
     queries[:, 2:] += rng.normal(scale=0.003, size=(60, 30))
     assert not spread(60, (queries, passages))
-    assert len(model) == modules
+    assert list(model) == modules
 
 
 def test_the_model_card_and_evaluation_json_tell_how_the_model_was_made(chain):
@@ -586,7 +643,7 @@ def judged_models(monkeypatch, chain, tmp_path, before: float, after: float) -> 
 
     monkeypatch.setattr(HeldOut, "similarities", similarities)
     monkeypatch.setattr(run_finetuning, "choose_weights", lambda *_: (1.0, {}))
-    monkeypatch.setattr(run_finetuning, "spread_out", lambda model, judged, power: (judged.similarities(model), None))
+    monkeypatch.setattr(run_finetuning, "spread_out", lambda model, judged, *_: (judged.similarities(model), False))
     return data
 
 
@@ -695,7 +752,7 @@ def test_meaning_weighs_the_more_the_more_the_base_finds_of_what_words_find(monk
 
     sentences, half = ["sentence"] * size, range(40)
     weights = [weight(sentences, range(count), half) for count in (0, 10, 20, 40, 60)]
-    assert weights == pytest.approx([0.15 / 2, 1 / 8, 1 / 4, 0.8, 0.8], abs=0.006)
+    assert weights == pytest.approx([0.15 / 2, 1 / 8, 1 / 4, 0.85, 0.85], abs=0.006)
     assert weight(["sentence"] * 40 + ["term"] * 40, range(20, 80), range(80)) == pytest.approx(1 / 4, abs=0.006)
     for kinds, by_words in ((sentences, range(0)), (["term"] * size, half)):
         assert weight(kinds, half, by_words) == run_finetuning.DEFAULT_SEMANTIC_WEIGHT

@@ -367,6 +367,7 @@ def test_a_page_without_queries_or_a_second_index_is_one_line(chain, tmp_path, c
     for arguments, words in (
         (["x"], "--html needs --compare"),
         (["--compare", chain.index, " "], "--html needs queries"),
+        (["--compare", chain.index, "--json", "x"], "give one of them"),
     ):
         page = ["--index-dir", chain.index, "--html", tmp_path / "page.html"]
         assert exit_status(semantic_search.main, [*page, *arguments]) == 2

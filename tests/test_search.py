@@ -976,8 +976,9 @@ def test_half_a_character_in_a_query_from_python_is_passed_over(index_of):
     assert semantic_search.search(index, "görev\ud83d", Request("semantic", 1))["results"]
 
 
-def test_an_empty_line_among_tasks_has_the_keys_of_every_answer(chain):
-    arguments = ["--mode", "task", "--json", "--index-dir", chain.index]
+@pytest.mark.parametrize("more", [["--mode", "task"], ["--compare"]])
+def test_an_empty_line_among_queries_has_the_keys_of_every_answer(chain, more):
+    arguments = ["--json", "--index-dir", chain.index, *more, *[chain.index] * ("--compare" in more)]
     done = run_script("semantic_search.py", *arguments, stdin="\nbütçe\n")
     first, second = map(json.loads, done.stdout.splitlines())
     assert first.keys() == second.keys()
@@ -989,6 +990,8 @@ def test_a_name_of_a_file_does_not_steer_the_terminal(tmp_path, chain, capsys):
     index = tmp_path / "index"
     options = ["--documents-root", root, "--documents", "*.md", "--model", chain.model, "--index-dir", index]
     assert exit_status(generate_embeddings.main, options) == 0
-    capsys.readouterr()
+    (root / "a\033[31m\nb.md").write_text(f"{text}\nBoya mavidir.\n", encoding="utf-8")
+    assert exit_status(generate_embeddings.main, [*options, "--check"]) == 1
     assert exit_status(semantic_search.main, ["--mode", "keyword", "--index-dir", index, "kapaklar"]) == 0
-    assert "\033" not in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "a [31m b.md" in printed.out and "\033" not in printed.out + printed.err
