@@ -629,13 +629,13 @@ def standard_scores(scores: dict[int, float]) -> dict[int, float]:
 
 
 # Fitted by logistic regression on people's questions to eight sets of documents (Turkish planning, regulations and
-# history, English science and software), each against the questions to the others, those of a near subject for most,
-# and, for less, on words and pairs of words drawn from each set; a query stands by the likeliest of its first five
-# passages. The intercept is such that 95 of 100 own questions come to 0.5. README.md tells how far it holds.
-RELEVANCE_WEIGHTS = {"nearness": 5.87, "subject": 25.16, "coverage": 9.11, "found": 1.41}
-RELEVANCE_INTERCEPT = -9.1
-LARGEST_SUBJECT = 0.1  # vectors that were not spread lie all in one direction, which tells nothing of the query
-WITHOUT_MODEL = (0.57, 0.06)  # the nearness and subject that stand in for them
+# history, English software), each against everyday questions and the questions to the others, those in its language for
+# twice, and, for a tenth, on words and pairs of words drawn from each set; a query stands by the likeliest of its first
+# five passages. The intercept is such that 95 of 100 own questions come to 0.5. README.md tells how far it holds.
+RELEVANCE_WEIGHTS = {"nearness": 5.34, "subject": 45.65, "coverage": 6.87, "found": 2.7}
+RELEVANCE_INTERCEPT = -10.3
+LARGEST_SUBJECT = 0.05  # what is beyond tells the language, and nothing of vectors that lie all in one direction
+WITHOUT_MODEL = (0.51, 0.05)  # the nearness and subject that stand in for them
 
 
 def relevance(words: list[QueryWord], exact: set[str], stems: set[str], nearness: float, subject: float) -> float:
