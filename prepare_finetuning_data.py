@@ -432,8 +432,14 @@ def find_templates(passages: list[Passage], family: dict[str, str], min_document
     return {key for key, families in seen.items() if len(families) >= min_documents}
 
 
-def split_documents(passages: list[Passage], family: dict[str, str], room: float, seed: int) -> set[str]:
-    """Choose whole families of documents that hold about `room` of the passages; return their files."""
+def split_documents(
+    passages: list[Passage], family: dict[str, str], share: float, max_queries: int, seed: int
+) -> set[str]:
+    """Choose whole families of documents that hold about this share of the passages; return their files.
+
+    Four passages for each of max_queries are enough: not every one gives a query.
+    """
+    room = min(share * len(passages), 4 * max_queries)
     sizes = Counter(family[passage.source_file] for passage in passages)
     families = sorted(sizes)
     random.Random(seed).shuffle(families)
@@ -1481,12 +1487,11 @@ def main(argv: list[str] | None = None) -> None:
     family = group_copies(passages)
     templates = find_templates(passages, family, config.TEMPLATE_DOCUMENTS)
     if options.suggest_questions or options.question_endpoint:
-        write_candidates(passages, templates, options)
-        return
-    room = min(config.EVALUATION_SHARE * len(passages), 4 * config.MAX_EVALUATION_QUERIES)  # not each gives a query
-    held_out = split_documents(passages, family, room, options.seed)
+        return write_candidates(passages, templates, options)
+    max_queries = config.MAX_EVALUATION_QUERIES
+    held_out = split_documents(passages, family, config.EVALUATION_SHARE, max_queries, options.seed)
     labelled = find_answers(read_questions(options.data_dir), passages)
-    queries, corpus = make_queries(passages, held_out, templates, labelled, config.MAX_EVALUATION_QUERIES, options.seed)
+    queries, corpus = make_queries(passages, held_out, templates, labelled, max_queries, options.seed)
     strategies = options.strategy or config.PAIR_STRATEGIES
     pairs, dropped = make_pairs(passages, held_out, templates, strategies, config.MAX_PAIRS_PER_SECTION, options.seed)
     pairs = question_pairs(labelled, held_out) + pairs

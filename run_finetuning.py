@@ -1533,7 +1533,8 @@ def settle(
 
     Enough held-out questions of people's show by themselves what was learnt, in whatever language.
     """
-    pairs, trained = random.Random(options.seed).sample(pairs, min(SPREAD_PAIRS, len(pairs))), list(model)
+    pairs = random.Random(options.seed).sample(pairs, min(SPREAD_PAIRS, len(pairs)))
+    trained = list(model)
     asked = sum(query.strategy == "question" for query in judged.queries)
     known = asked < MIN_QUERIES and (language_share(judged, base) or 0) >= KNOWS_LANGUAGE
     reason = "known language" if known else None

@@ -163,8 +163,8 @@ def make_pairs(passages: list[prepare.Passage], variant: Variant) -> list[prepar
     """Return what prepare_finetuning_data.py trains on with the variant's strategies, by its default settings."""
     family = prepare.group_copies(passages)
     templates = prepare.find_templates(passages, family, config.TEMPLATE_DOCUMENTS)
-    room = min(config.EVALUATION_SHARE * len(passages), 4 * config.MAX_EVALUATION_QUERIES)
-    held_out = prepare.split_documents(passages, family, room, config.SEED)
+    share, max_queries = config.EVALUATION_SHARE, config.MAX_EVALUATION_QUERIES
+    held_out = prepare.split_documents(passages, family, share, max_queries, config.SEED)
     limits = (config.MAX_PAIRS_PER_SECTION, config.SEED)
     return prepare.make_pairs(passages, held_out, templates, list(variant.strategies), *limits)[0]
 

@@ -142,7 +142,7 @@ def sample():
     passages = read_passages(SAMPLE_PROJECT, find_documents(SAMPLE_PROJECT, ["**/*.md"]), 600, 20)
     family = group_copies(passages)
     templates = find_templates(passages, family, config.TEMPLATE_DOCUMENTS)
-    held_out = split_documents(passages, family, config.EVALUATION_SHARE * len(passages), config.SEED)
+    held_out = split_documents(passages, family, config.EVALUATION_SHARE, config.MAX_EVALUATION_QUERIES, config.SEED)
     queries, corpus = make_queries(passages, held_out, templates, [], config.MAX_EVALUATION_QUERIES, config.SEED)
     pairs, _ = make_pairs(passages, held_out, templates, list(prepare.STRATEGIES), 8, config.SEED)
     return passages, family, held_out, queries, corpus, pairs
@@ -167,7 +167,7 @@ def test_copies_and_near_copies_stay_on_one_side(sample):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_an_exact_copy_is_held_out_with_its_original_or_not_at_all(project, seed):
     passages = read_passages(project, find_documents(project, ["**/*.md"]), 600, 20)
-    held_out = split_documents(passages, group_copies(passages), 0.3 * len(passages), seed)
+    held_out = split_documents(passages, group_copies(passages), 0.3, 400, seed)
     assert held_out
     assert len(held_out & {"Ofis/lisans_notu.md", "Docs/lisans_notu_kopya.md"}) in (0, 2)
 
