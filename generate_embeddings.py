@@ -14,11 +14,11 @@
 Only passages that are new are embedded; the others keep their vectors. Files written to config.INDEX_DIR:
     metadata.json            the commit mark, replaced last and in one step; names the files that belong to it
     embeddings-<id>.index    FAISS, inner product of normalised vectors; vector i is passages[i] of metadata.json
-    keywords-<id>.sqlite     SQLite FTS5 over folded words; rowid i + 1 is passages[i]
+    keywords-<id>.sqlite     which passages hold a word (run_finetuning.Keywords)
     metadata-<id>.json       an earlier index kept as a backup, with its two files (config.INDEX_BACKUPS)
     encoder-<fingerprint>/   the ONNX form of a model whose own folder has none (a base model)
 
-metadata.json: {"checksum": CRC-32 of all lines below the first, "header_checksum": of the second alone, "format": 5,
+metadata.json: {"checksum": CRC-32 of all lines below the first, "header_checksum": of the second alone, "format": 6,
 "id", "created", "documents_root", "globs", "max_passage_chars", "max_document_mb", "scripts": SHA-256 of the code that
 cuts passages and words, "faiss_index": config.FAISS_INDEX, "documents": {source_file: [bytes, modified in ns,
 SHA-256]}, "model": {"name", "fingerprint", "folder" relative to the index, "files": {name: [bytes, CRC-32]}}, "search":
@@ -67,6 +67,7 @@ from prepare_finetuning_data import (
 )
 from run_finetuning import (
     Encoder,
+    Keywords,
     is_first_process,
     load_model,
     model_fingerprint,
@@ -76,7 +77,7 @@ from run_finetuning import (
     write_keywords,
 )
 
-FORMAT = 5
+FORMAT = 6
 METADATA = "metadata.json"
 ID, FINGERPRINT = "[0-9]" * 8 + "T" + "[0-9]" * 12, "[0-9a-f]" * 12  # in the names of files, for glob
 
@@ -447,7 +448,7 @@ def commit(index_dir: Path, header: dict, records: list[dict], vectors: np.ndarr
         with replacing(files["embeddings"]) as temporary:
             header["keeps_vectors"] = write_vectors(temporary, vectors, header["faiss_index"])
         with replacing(files["keywords"]) as temporary:
-            write_keywords(temporary, ((record["heading"], record["text"]) for record in records)).close()
+            write_keywords(temporary, ((record["heading"], record["text"]) for record in records)).database.close()
     except (RuntimeError, sqlite3.Error) as error:  # of FAISS and SQLite, where others raise an OSError
         raise UserError(f"{index_dir} can not be written ({error}); make room or name another --index-dir") from None
     header["files"] = {kind: [path.name, *size_and_checksum(path)] for kind, path in files.items()}
@@ -672,9 +673,11 @@ class Index:
         return max(float(np.median(nearest)), 0.0) or 1.0
 
     @functools.cached_property
-    def keywords(self) -> sqlite3.Connection:
-        place = "{}?mode=ro&immutable=1"
-        return self.open_part("keywords", lambda path: sqlite3.connect(place.format(path.resolve().as_uri()), uri=True))
+    def keywords(self) -> Keywords:
+        def opener(path: Path) -> Keywords:
+            return Keywords(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True))
+
+        return self.open_part("keywords", opener)
 
     @functools.cached_property
     def encoder(self) -> Encoder:

@@ -19,6 +19,7 @@ Sentence Transformers format (safetensors), onnx/model.onnx (token ids in, norma
 """
 
 import argparse
+import array
 import contextlib
 import functools
 import hashlib
@@ -34,7 +35,7 @@ import sys
 import textwrap
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -189,8 +190,8 @@ class HeldOut:
     @functools.cached_property
     def words(self) -> list[tuple[dict[int, float], float]]:
         """Each query's keyword scores, and how much of it one passage holds."""
-        database = write_keywords(":memory:", (((), text) for text in self.passages))
-        return [keyword_scores(database, query.query, CANDIDATES) for query in self.queries]
+        index = write_keywords(":memory:", (((), text) for text in self.passages))
+        return [keyword_scores(index, query_words(index, query.query), CANDIDATES) for query in self.queries]
 
     def keyword_matrix(self) -> np.ndarray:
         """Return the keyword scores like similarities, -inf where no word of the query is found."""
@@ -406,7 +407,7 @@ def fitted_weight(share: float | None) -> float:
     return round(min(0.95 * share, 0.85) if share >= KNOWS_LANGUAGE else 0.5 * max(0.15, share), 2)
 
 
-# ------------------------------------------------------------------- scores by words (SQLite FTS5), and by both
+# ----------------------------------------------------------------------------- scores by words, and by both
 
 WORD_OR_NAME = re.compile(r"(?:(?<![\w.])\*?\.)?[^\W_]+(?:[._/#:@+-]+[^\W_]+)*")  # word, KM-2.1, src/main.py, *.alt
 WORD_PART = re.compile(r"[^\W_]+")
@@ -416,7 +417,7 @@ MAX_QUERY_WORDS = 64
 CANDIDATES = 200  # passages that each of the two arms puts up for the hybrid search
 DEFAULT_SEMANTIC_WEIGHT = 0.3  # where none was fitted
 KNOWS_LANGUAGE = 2 / 3  # the language_share from which on a base knows the documents' language
-MAX_POSTINGS = 5_000  # beyond, a query's commonest words are left out: they tell least and take nearly all the time
+MAX_POSTINGS = 20_000  # beyond, a query's commonest words are left out: they tell least and take nearly all the time
 PREFIX_LETTERS = 6  # Turkish hangs its endings on the stem: the first letters are nearly always the stem
 FUNCTION_WORDS = """
 ne neden nasıl nedir neler nelerdir hangi hangisi kim kimdir kimin kimler kaç nerede nereden nereye niçin niye mi mı mu
@@ -450,40 +451,81 @@ def keyword_terms(text: str) -> tuple[list[str], list[str]]:
     return exact, stems
 
 
-def write_keywords(path: Path | str, passages: Iterable[tuple[Sequence[str], str]]) -> sqlite3.Connection:
-    """Write the FTS5 table keywords(heading, stems, exact) of (heading path, text) passages; rowid i + 1 is passage i.
+class Keywords:
+    """Which passages hold a term, and how often: an inverted index in SQLite.
 
-    The table vocabulary(term, passages) tells how many passages hold a term, which FTS5 itself must count each time.
+    Table postings(term, passages, stems, exact): how many passages hold it, and their places (uint32, in order), once
+    for each time that they do as a stem or in a heading, and as a whole word or name. Table lengths(terms): how many
+    each passage has (uint32).
     """
+
+    def __init__(self, database: sqlite3.Connection):
+        self.database = database
+        lengths = np.frombuffer(database.execute("SELECT terms FROM lengths").fetchone()[0], np.uint32)
+        self.lengths = lengths / max(1, lengths.mean())  # as parts of the usual one
+
+    def holders(self, beginning: str, end: str) -> int:
+        """Return the number of passages with a term from `beginning` to `end`; terms of one passage count each."""
+        rows = self.database.execute("SELECT sum(passages) FROM postings WHERE term BETWEEN ? AND ?", (beginning, end))
+        return rows.fetchone()[0] or 0
+
+    def places_and_counts(self, column: str, beginning: str, end: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the passages that hold a term from `beginning` to `end`, and how often."""
+        rows = self.database.execute(f"SELECT {column} FROM postings WHERE term BETWEEN ? AND ?", (beginning, end))
+        return np.unique(np.frombuffer(b"".join(row[0] for row in rows), np.uint32), return_counts=True)
+
+    def matches(self, word: "QueryWord") -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the passages that hold a query's word and its frequencies: as a stem, and half as much as it stands.
+
+        A name at the beginning of a heading counts once more.
+        """
+        end = word.term + "\U0010ffff" * (word.kind == "beginning")
+        places, counts = self.places_and_counts("exact", word.word, word.word)
+        found = [self.places_and_counts("stems", word.term, end), (places, counts / 2)]
+        if word.kind == "name":
+            found.append(self.places_and_counts("stems", f"-{word.term}", f"-{word.term}"))
+        return found
+
+    def bm25(self, places: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Return BM25 (Robertson and Zaragoza, 2009) of a term in the passages that hold it; FTS5's figures."""
+        total = len(self.lengths)
+        rarity = max(1e-6, math.log((total - len(places) + 0.5) / (len(places) + 0.5)))
+        return rarity * counts * 2.2 / (counts + 1.2 * (0.25 + 0.75 * self.lengths[places]))
+
+
+def write_keywords(path: Path | str, passages: Iterable[tuple[Sequence[str], str]]) -> Keywords:
+    """Write the keyword index of (heading path, text) passages to a new file, or to ":memory:"."""
+    stems, exact = (defaultdict(functools.partial(array.array, "I")) for _ in range(2))
+    holders: Counter[str] = Counter()
+    lengths = array.array("I")
+    for place, (headings, text) in enumerate(passages):
+        words, own_stems = keyword_terms(text)
+        own_stems += heading_terms(headings)
+        lengths.append(len(words) + len(own_stems))
+        for postings, terms in ((stems, own_stems), (exact, words)):
+            for term in terms:
+                postings[term].append(place)
+        holders.update(dict.fromkeys(own_stems + words).keys())
     database = sqlite3.connect(path)
     with database:
         database.execute("PRAGMA journal_mode=OFF")
-        database.execute(
-            "CREATE VIRTUAL TABLE keywords USING fts5(heading, stems, exact, content='',"
-            " tokenize=\"unicode61 remove_diacritics 0 tokenchars '-'\")"
-        )
-        database.execute("INSERT INTO keywords(keywords, rank) VALUES ('rank', 'bm25(1.0, 1.0, 0.5)')")
-        database.executemany(
-            "INSERT INTO keywords(rowid, heading, stems, exact) VALUES (?, ?, ?, ?)", keyword_rows(passages)
-        )
-        database.execute("INSERT INTO keywords(keywords) VALUES ('optimize')")
-        database.execute("CREATE TABLE vocabulary(term TEXT PRIMARY KEY, passages INTEGER) WITHOUT ROWID")
-        database.execute("CREATE VIRTUAL TABLE temp.terms USING fts5vocab(main, keywords, row)")
-        database.execute("INSERT INTO vocabulary SELECT term, doc FROM temp.terms")
-        database.execute("DROP TABLE temp.terms")
-    return database
+        database.execute("CREATE TABLE lengths(terms BLOB)")
+        database.execute("INSERT INTO lengths VALUES (?)", (lengths.tobytes(),))
+        database.execute("CREATE TABLE postings(term TEXT, passages INTEGER, stems BLOB, exact BLOB)")
+        rows = ((term, holders[term], stems[term].tobytes(), exact[term].tobytes()) for term in sorted(holders))
+        database.executemany("INSERT INTO postings VALUES (?, ?, ?, ?)", rows)
+        database.execute("CREATE UNIQUE INDEX terms ON postings(term, passages)")
+    return Keywords(database)
 
 
-def keyword_rows(passages: Iterable[tuple[Sequence[str], str]]) -> Iterator[tuple[int, str, str, str]]:
-    """Yield rowid, heading, stems and exact of each passage, as words apart by spaces."""
-    for row, (headings, text) in enumerate(passages, 1):
-        exact, stems = keyword_terms(text)
-        names = []
-        for heading in headings:
-            own = [name for _, name, _ in words_and_names(heading)]
-            names += [name for name in own if name]
-            names += [f"-{name}" for name in own[:1] if name]  # "KM-2.1: …", its entry, before what mentions it
-        yield row, " ".join(keyword_terms(" ".join(headings))[1] + 3 * names), " ".join(stems), " ".join(exact)
+def heading_terms(headings: Sequence[str]) -> list[str]:
+    """Return the stems of a passage's headings and, three times, their names; of each the first as -name once, too."""
+    terms = keyword_terms(" ".join(headings))[1]
+    for heading in headings:
+        names = [name for _, name, _ in words_and_names(heading)]
+        terms += 3 * [name for name in names if name]
+        terms += [f"-{name}" for name in names[:1] if name] * 3  # "KM-2.1: …", its entry, before what mentions it
+    return terms
 
 
 class QueryWord(NamedTuple):
@@ -500,12 +542,6 @@ class QueryWord(NamedTuple):
     passages: int
     weight: float
 
-    def match(self) -> str:
-        """Return the FTS5 expression for passages that hold it."""
-        term = f'"{self.term}"' + " *" * (self.kind == "beginning")
-        entry = f' OR heading: "-{self.term}"' if self.kind == "name" else ""
-        return f'({{heading stems}}: {term} OR exact: "{self.word}"{entry})'
-
     def is_in(self, exact: set[str], stems: set[str]) -> bool:
         """Tell whether a passage with these keyword_terms holds it; a name's parts are the stems of "DevOps"."""
         if self.word in exact:
@@ -520,30 +556,20 @@ class QueryWord(NamedTuple):
         return long and any(stem.startswith(self.term[:-1]) for stem in stems)
 
 
-def passage_count(database: sqlite3.Connection) -> int:
-    return database.execute("SELECT max(id) FROM keywords_docsize").fetchone()[0] or 0
-
-
-def passages_with(database: sqlite3.Connection, beginning: str, end: str) -> int:
-    """Return the number of passages with a term from `beginning` to `end`; terms of one passage count each."""
-    rows = database.execute("SELECT sum(passages) FROM vocabulary WHERE term BETWEEN ? AND ?", (beginning, end))
-    return rows.fetchone()[0] or 0
-
-
-def query_words(database: sqlite3.Connection, query: str) -> list[QueryWord]:
+def query_words(index: Keywords, query: str) -> list[QueryWord]:
     """Return the first MAX_QUERY_WORDS distinct words of a query without its function words, if it has others."""
     words: dict[str, tuple[str, str, int, bool]] = {}
     for as_typed, name, parts in words_and_names(query):
-        holders = passages_with(database, name, name) if name else 0
+        holders = index.holders(name, name) if name else 0
         # A name that the documents hold is one thing, and so is an ID; of other words in one, each may stand alone.
         as_one = holders > 0 or (name != "" and any(map(str.isdigit, as_typed)))
         if name:
             words[name] = (name, "name", holders, as_one)
         for part in parts:
-            words.setdefault(part, (*stem_or_beginning(database, part), not as_one))
+            words.setdefault(part, (*stem_or_beginning(index, part), not as_one))
         if len(words) >= MAX_QUERY_WORDS:
             break
-    total = passage_count(database)
+    total = len(index.lengths)
     found = [
         QueryWord(word, term, kind, holders, math.log((total + 1) / (min(holders, total) + 0.5)) if counts else 0.0)
         for word, (term, kind, holders, counts) in words.items()
@@ -551,7 +577,7 @@ def query_words(database: sqlite3.Connection, query: str) -> list[QueryWord]:
     return [word for word in found if word.term not in FUNCTION_STEMS] or found
 
 
-def stem_or_beginning(database: sqlite3.Connection, word: str) -> tuple[str, str, int]:
+def stem_or_beginning(index: Keywords, word: str) -> tuple[str, str, int]:
     """Return what a word is looked up by, its kind, and how many passages hold it.
 
     A short word is shorter than a stem with its ending, so that whatever begins with it counts ("görevi" for "görev");
@@ -559,43 +585,39 @@ def stem_or_beginning(database: sqlite3.Connection, word: str) -> tuple[str, str
     to do ("linux" of "linuxta").
     """
     stem = word[:PREFIX_LETTERS]
-    holders = passages_with(database, stem, stem)
+    holders = index.holders(stem, stem)
     beginnings = [stem] * (len(word) in (4, 5) or (len(word) == 3 and not holders))
     beginnings += [stem[:-1]] * (len(stem) >= PREFIX_LETTERS - 1 and not holders)
     for beginning in beginnings:
-        if longer := passages_with(database, beginning, beginning + "\U0010ffff"):
+        if longer := index.holders(beginning, beginning + "\U0010ffff"):
             return beginning, "beginning", longer
     return stem, "stem", holders
 
 
-def keyword_scores(database: sqlite3.Connection, query: str, count: int) -> tuple[dict[int, float], float]:
-    """Return the keyword scores of the passages with the best BM25 (SQLite FTS5), by their place; higher is better.
+def keyword_scores(index: Keywords, words: list[QueryWord], count: int) -> tuple[dict[int, float], float]:
+    """Return the scores of the passages with the best BM25 for a query's words, by their place; higher is better.
 
     A score is BM25 times the share of the words' weight that the passage holds, like the coordination factor of early
     versions of Lucene: in a long description, many of its words come before a rare one that stands there by chance.
     The second value is the largest share, 1 where nothing is known of it.
     """
-    words: list[QueryWord] = []
-    postings = 0
-    for word in sorted(query_words(database, query), key=lambda word: word.passages):
-        postings += word.passages
-        if len(words) < 2 or postings <= MAX_POSTINGS:
-            words.append(word)
-    if not words:
-        return {}, 1.0
-    best = "SELECT rowid, -rank FROM keywords WHERE keywords MATCH ? ORDER BY rank LIMIT ?"
-    bm25 = dict(database.execute(best, (" OR ".join(word.match() for word in words), count)).fetchall())
-    share = dict.fromkeys(bm25, 0.0)
-    holding = f"SELECT rowid FROM keywords WHERE keywords MATCH ? AND +rowid IN ({','.join(map(str, bm25))})"
-    for word in words:
-        if word.passages:
-            for (row,) in database.execute(holding, (word.match(),)):
-                share[row] += word.weight
-    if not any(share.values()):  # they hold but parts of a name that no passage holds whole
-        return {row - 1: score for row, score in bm25.items()}, 1.0
-    total = sum(word.weight for word in words)
-    scores = {row - 1: score * share[row] / total for row, score in bm25.items()}
-    return scores, max(share.values()) / total
+    rarest = sorted(words, key=lambda word: word.passages)
+    postings = itertools.accumulate(word.passages for word in rarest)
+    words = rarest[: max(2, sum(count <= MAX_POSTINGS for count in postings))]
+    scores, share, holds = np.zeros((3, len(index.lengths)))
+    for number, word in enumerate(words, 1):
+        for places, counts in index.matches(word):
+            scores[places] += index.bm25(places, counts)
+            share[places] += word.weight * (holds[places] != number)
+            holds[places] = number
+    best = np.flatnonzero(scores)
+    if len(best) > count:
+        best = best[scores[best] >= np.partition(scores[best], -count)[-count]]
+    best = best[np.argsort(-scores[best], kind="stable")][:count]
+    if not share[best].any():  # they hold but parts of a name that no passage holds whole
+        return dict(zip(best.tolist(), scores[best].tolist(), strict=True)), 1.0
+    share = share[best] / sum(word.weight for word in words)
+    return dict(zip(best.tolist(), (scores[best] * share).tolist(), strict=True)), float(share.max())
 
 
 def weight_for_query(semantic_weight: float, held: float) -> float:

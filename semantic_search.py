@@ -122,7 +122,7 @@ def score_passages(index: Index, query: str, request: Request) -> Scored:
     with ThreadPoolExecutor(1) as pool:  # SQLite and the encoder work at the same time
         embedding = pool.submit(index.encoder.encode, [query]) if embeds else None
         words = query_words(index.keywords, query)
-        keyword, held = keyword_scores(index.keywords, query, count)
+        keyword, held = keyword_scores(index.keywords, words, count)
     if embedding is None:
         return Scored(words, {}, keyword, keyword if request.mode == "keyword" else standard_scores(keyword), 0.0)
     vector = embedding.result()
@@ -382,7 +382,7 @@ def find_entry(index: Index, task: str) -> tuple[dict | None, set[int]]:
     if len(names) != 1 or not names[0] or not any(map(str.isdigit, names[0])):
         return None, set()
     entries = []
-    for place in keyword_scores(index.keywords, task, CANDIDATES)[0]:
+    for place in keyword_scores(index.keywords, query_words(index.keywords, task), CANDIDATES)[0]:
         passage = index.passages[place]
         titles = [depth for depth, title in enumerate(passage["heading"], 1) if first_name(title) == names[0]]
         if titles:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import zlib
@@ -14,14 +15,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, error_line, exit_status, start_script, wait_until, write_documents
+from conftest import (
+    REPOSITORY,
+    error_line,
+    exit_status,
+    sample_texts,
+    start_script,
+    wait_until,
+    write_documents,
+)
 
 import config
 import generate_embeddings
 import semantic_search
 from generate_embeddings import load_index
 from prepare_finetuning_data import text_for_model
-from run_finetuning import keyword_terms
+from run_finetuning import keyword_terms, write_keywords
 
 MODES = ["semantic", "keyword", "hybrid", "task"]
 
@@ -121,6 +130,23 @@ def test_keyword_terms_are_folded_words_whole_names_and_stems():
     exact, stems = keyword_terms("Görevlendirme: KM-2.1, refreshToken ve src/main.py")
     assert {"gorevlendirme", "km-2-1", "refreshtoken", "refresh", "token", "src-main-py", "km"} <= set(exact)
     assert {"gorevl", "refres", "token"} <= set(stems)
+
+
+def test_bm25_of_a_term_is_the_one_that_sqlite_computes():
+    texts = [line for text in sample_texts() for line in text.splitlines() if line.strip()]
+    index = write_keywords(":memory:", (((), text) for text in texts))
+    database = sqlite3.connect(":memory:")
+    database.execute("CREATE VIRTUAL TABLE keywords USING fts5(exact, stems, tokenize=\"unicode61 tokenchars '-'\")")
+    rows = ((row, *map(" ".join, keyword_terms(text))) for row, text in enumerate(texts))
+    database.executemany("INSERT INTO keywords(rowid, exact, stems) VALUES (?, ?, ?)", rows)
+    terms = sorted({term for text in texts for term in keyword_terms(text)[0] if term.isascii()})[::20]
+    assert len(terms) > 50
+    for term in terms:
+        query = "SELECT rowid, -bm25(keywords) FROM keywords WHERE keywords MATCH ? ORDER BY rowid"
+        wanted = dict(database.execute(query, (f'exact: "{term}"',)).fetchall())
+        places, counts = index.places_and_counts("exact", term, term)
+        assert places.tolist() == list(wanted) and index.holders(term, term) >= len(wanted)
+        assert np.allclose(index.bm25(places, counts), list(wanted.values()))
 
 
 # ------------------------------------------------------------------------------------------------- refreshing

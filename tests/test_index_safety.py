@@ -158,9 +158,8 @@ def version_of(index_dir: Path) -> int:
     texts = [text_for_model(one["heading"], one["text"]) for one in index.passages]
     vectors = index.vectors.reconstruct_n(0, len(texts))
     assert np.allclose(index.encoder.encode(texts), vectors, atol=1e-5)
-    rows = index.keywords.execute("SELECT rowid FROM keywords WHERE keywords MATCH ?", (f"exact: surum{version}",))
-    with_version = {place + 1 for place, one in enumerate(index.passages) if f"sürüm{version}" in one["text"]}
-    assert {row for (row,) in rows} == with_version
+    places, _ = index.keywords.places_and_counts("exact", f"surum{version}", f"surum{version}")
+    assert places.tolist() == [at for at, one in enumerate(index.passages) if f"sürüm{version}" in one["text"]]
     sources = {one["source_file"] for one in index.passages}
     assert sources <= set(index.header["documents"])
     return version
