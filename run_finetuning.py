@@ -404,7 +404,7 @@ def fitted_weight(share: float | None) -> float:
     """
     if share is None:
         return DEFAULT_SEMANTIC_WEIGHT
-    return round(min(0.95 * share, 0.85) if share >= KNOWS_LANGUAGE else 0.5 * max(0.15, share), 2)
+    return round(min(0.95 * share, 0.85) if share >= KNOWS_LANGUAGE else 0.4 * max(0.15, share), 2)
 
 
 # ----------------------------------------------------------------------------- scores by words, and by both
@@ -419,6 +419,8 @@ DEFAULT_SEMANTIC_WEIGHT = 0.3  # where none was fitted
 KNOWS_LANGUAGE = 2 / 3  # the language_share from which on a base knows the documents' language
 MAX_POSTINGS = 20_000  # beyond, a query's commonest words are left out: they tell least and take nearly all the time
 PREFIX_LETTERS = 6  # Turkish hangs its endings on the stem: the first letters are nearly always the stem
+FIRST_LETTERS = 4  # what a stem shares with its forms in whatever ending
+LAST_LETTER = "\U0010ffff"  # comes after whatever words begin with
 FUNCTION_WORDS = """
 ne neden nasıl nedir neler nelerdir hangi hangisi kim kimdir kimin kimler kaç nerede nereden nereye niçin niye mi mı mu
 mü midir mıdır mudur müdür ve veya ya da de ile için bir bu şu o olarak olan ama ancak ise ki diye gibi var yok what
@@ -474,17 +476,24 @@ class Keywords:
         rows = self.database.execute(f"SELECT {column} FROM postings WHERE term BETWEEN ? AND ?", (beginning, end))
         return np.unique(np.frombuffer(b"".join(row[0] for row in rows), np.uint32), return_counts=True)
 
-    def matches(self, word: "QueryWord") -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return the passages that hold a query's word and its frequencies: as a stem, and half as much as it stands.
+    def matches(self, word: "QueryWord") -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
+        """Yield the passages that hold a query's word, its frequencies, and how much of the word this is, most first.
 
-        A name at the beginning of a heading counts once more.
+        A word counts as a stem, and half as much as it stands; a name at the beginning of a heading counts once more. A
+        long word is faintly held by passages with its first letters, for stems are as short as "görev" and end in other
+        letters with an ending ("takip", "takibi").
         """
-        end = word.term + "\U0010ffff" * (word.kind == "beginning")
+        end = word.term + LAST_LETTER * (word.kind == "beginning")
+        yield *self.places_and_counts("stems", word.term, end), 1.0
         places, counts = self.places_and_counts("exact", word.word, word.word)
-        found = [self.places_and_counts("stems", word.term, end), (places, counts / 2)]
+        yield places, counts / 2, 1.0
         if word.kind == "name":
-            found.append(self.places_and_counts("stems", f"-{word.term}", f"-{word.term}"))
-        return found
+            yield *self.places_and_counts("stems", f"-{word.term}", f"-{word.term}"), 1.0
+        elif word.weight and len(word.word) >= PREFIX_LETTERS:
+            first = word.word[:FIRST_LETTERS]
+            if self.holders(first, first + LAST_LETTER) <= MAX_POSTINGS:
+                places, counts = self.places_and_counts("stems", first, first + LAST_LETTER)
+                yield places, 0.15 * counts, 0.5
 
     def bm25(self, places: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Return BM25 (Robertson and Zaragoza, 2009) of a term in the passages that hold it; FTS5's figures."""
@@ -589,7 +598,7 @@ def stem_or_beginning(index: Keywords, word: str) -> tuple[str, str, int]:
     beginnings = [stem] * (len(word) in (4, 5) or (len(word) == 3 and not holders))
     beginnings += [stem[:-1]] * (len(stem) >= PREFIX_LETTERS - 1 and not holders)
     for beginning in beginnings:
-        if longer := index.holders(beginning, beginning + "\U0010ffff"):
+        if longer := index.holders(beginning, beginning + LAST_LETTER):
             return beginning, "beginning", longer
     return stem, "stem", holders
 
@@ -603,12 +612,12 @@ def keyword_scores(index: Keywords, words: list[QueryWord], count: int) -> tuple
     """
     rarest = sorted(words, key=lambda word: word.passages)
     postings = itertools.accumulate(word.passages for word in rarest)
-    words = rarest[: max(2, sum(count <= MAX_POSTINGS for count in postings))]
+    words = rarest[: max(2, sum(so_far <= MAX_POSTINGS for so_far in postings))]
     scores, share, holds = np.zeros((3, len(index.lengths)))
     for number, word in enumerate(words, 1):
-        for places, counts in index.matches(word):
+        for places, counts, part in index.matches(word):
             scores[places] += index.bm25(places, counts)
-            share[places] += word.weight * (holds[places] != number)
+            share[places] += part * word.weight * (holds[places] != number)
             holds[places] = number
     best = np.flatnonzero(scores)
     if len(best) > count:

@@ -315,6 +315,13 @@ def test_a_short_word_finds_its_forms_and_comes_first_itself(index_of):
         assert [result["source_file"] for result in results] == wanted
 
 
+def test_a_stem_that_ends_in_another_letter_is_found_after_the_word_itself(index_of):
+    texts = {"a.md": "# A\n\nGörevlerin takip edildiği pano.\n", "b.md": "# B\n\nSayaçların takibi geceleri yapılır.\n"}
+    index = index_of(texts | {"c.md": "# C\n\nVanalar yarın değişecek.\n"})
+    results = semantic_search.search(index, "takibi", Request("keyword", 5))["results"]
+    assert [result["source_file"] for result in results] == ["b.md", "a.md"]
+
+
 def test_names_with_an_ending_before_a_stroke_are_marked_where_they_stand(index_of, capsys):
     text = "# Ayar\n\nAPI'nin/REST'in adresi ayar dosyasındadır; O'nyong-nyong adresi de oradadır.\n"
     index = index_of({"a.md": text})
