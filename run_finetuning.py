@@ -666,7 +666,7 @@ def standard_scores(scores: dict[int, float]) -> dict[int, float]:
 RELEVANCE_WEIGHTS = {"nearness": 5.34, "subject": 45.65, "coverage": 6.87, "found": 2.7}
 RELEVANCE_INTERCEPT = -10.3
 LARGEST_SUBJECT = 0.05  # what is beyond tells the language, and nothing of vectors that lie all in one direction
-WITHOUT_MODEL = (0.51, 0.05)  # the nearness and subject that stand in for them
+WITHOUT_MODEL = (0.4, 0.05)  # the nearness and subject that stand in for them
 
 
 def relevance(words: list[QueryWord], exact: set[str], stems: set[str], nearness: float, subject: float) -> float:
