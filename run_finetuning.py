@@ -496,10 +496,13 @@ class Keywords:
                 yield places, 0.15 * counts, 0.5
 
     def bm25(self, places: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Return BM25 (Robertson and Zaragoza, 2009) of a term in the passages that hold it; FTS5's figures."""
-        total = len(self.lengths)
+        """Return BM25 (Robertson and Zaragoza, 2009) of a term in the passages that hold it.
+
+        The constants are those of SQLite's FTS5, and so are the values.
+        """
+        k1, b, total = 1.2, 0.75, len(self.lengths)
         rarity = max(1e-6, math.log((total - len(places) + 0.5) / (len(places) + 0.5)))
-        return rarity * counts * 2.2 / (counts + 1.2 * (0.25 + 0.75 * self.lengths[places]))
+        return rarity * counts * (k1 + 1) / (counts + k1 * (1 - b + b * self.lengths[places]))
 
 
 def write_keywords(path: Path | str, passages: Iterable[tuple[Sequence[str], str]]) -> Keywords:

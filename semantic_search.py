@@ -119,7 +119,7 @@ def score_passages(index: Index, query: str, request: Request) -> Scored:
     """Score the best passages of each arm that the mode uses; without a model, hybrid search goes by words alone."""
     count = min(max(CANDIDATES, 2 * request.top_k), len(index.passages))
     embeds = request.mode == "semantic" or (request.mode != "keyword" and can_embed(index))
-    with ThreadPoolExecutor(1) as pool:  # SQLite and the encoder work at the same time
+    with ThreadPoolExecutor(1) as pool:  # the query is embedded while its words are looked up
         embedding = pool.submit(index.encoder.encode, [query]) if embeds else None
         words = query_words(index.keywords, query)
         keyword, held = keyword_scores(index.keywords, words, count)
