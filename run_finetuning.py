@@ -1383,7 +1383,8 @@ class Encoder:
         batches = list(batches_of_similar_length(lengths, batch_tokens))
         workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun sets it
         with ThreadPoolExecutor(workers) as pool:
-            outputs = np.concatenate(list(pool.map(run, batches)))
+            each = pool.map if len(batches) > 1 else map  # a query need not wait for a thread to start
+            outputs = np.concatenate(list(each(run, batches)))
         vectors = np.empty_like(outputs)
         vectors[np.concatenate(batches)] = outputs
         return vectors
