@@ -1430,17 +1430,21 @@ def plan_steps(rows: int, seconds: float, budget_seconds: float, options: argpar
     return steps
 
 
-def training_budget(elapsed: float, watched: HeldOut, judged: HeldOut, max_minutes: float) -> float:
-    """Return the seconds that the evaluation leaves for the training; elapsed: those that searching the base took.
+def search_with_base(model, judged: HeldOut, watched: HeldOut) -> tuple[np.ndarray | None, float]:
+    """Return the base's similarities, None in all processes but the first, and the seconds that evaluation will take.
 
     What follows is the search with the tuned model and the vectors of SPREAD_PAIRS, both once more where it steps back,
     four looks at the watched queries, one at each of five mixtures of weights, and two at what spreading is worth.
     """
+    if not is_first_process():
+        return None, 0.0
+    print(f"searching {len(judged.passages):,} passages for {len(judged.queries)} held-out queries", file=sys.stderr)
+    started = time.perf_counter()
+    base = judged.similarities(model)
     texts = 13 * len(watched.passages) + 2 * SPREAD_PAIRS
-    evaluation_seconds = elapsed * (2 + texts / max(1, len(judged.passages)))
-    if is_first_process():
-        print(f"evaluation will take about {duration(evaluation_seconds)}, besides the training:", file=sys.stderr)
-    return max_minutes * 60 - elapsed - evaluation_seconds
+    seconds = (time.perf_counter() - started) * (2 + texts / max(1, len(judged.passages)))
+    print(f"evaluation will take about {duration(seconds)}, besides the training:", file=sys.stderr)
+    return base, seconds
 
 
 SETTINGS = ("loss", "epochs", "batch_size", "learning_rate", "max_steps", "seed")  # options that decide a training
@@ -1736,12 +1740,8 @@ def main(argv: list[str] | None = None) -> None:
     identity = run_identity(options, base_folder)
     planned = claim_workspace(workspace(options.model_dir), identity, options.fresh) if is_first_process() else 0
     model = load_model(base_folder, config.DEVICE)
-    if is_first_process():
-        print(
-            f"searching {len(judged.passages):,} passages for {len(judged.queries)} held-out queries", file=sys.stderr
-        )
-    base = judged.similarities(model) if is_first_process() else None
-    budget_seconds = training_budget(time.perf_counter() - started, watched, judged, config.MAX_TRAINING_MINUTES)
+    base, evaluation_seconds = search_with_base(model, judged, watched)
+    budget_seconds = config.MAX_TRAINING_MINUTES * 60 - (time.perf_counter() - started) - evaluation_seconds
     evaluation = fine_tune(model, pairs, watched, planned, budget_seconds, identity, options)
     if not is_first_process():
         return
