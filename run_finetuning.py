@@ -662,35 +662,36 @@ def standard_scores(scores: dict[int, float]) -> dict[int, float]:
     return {place: (score - mean) / deviation for place, score in scores.items()}
 
 
-# Fitted by logistic regression on people's questions to eight sets of documents (Turkish planning, regulations and
-# history, English software), each against everyday questions and the questions to the others, those in its language for
-# twice, and, for a tenth, on words and pairs of words drawn from each set; a query stands by the likeliest of its first
-# five passages. The intercept is such that 95 of 100 own questions come to 0.5. README.md tells how far it holds.
-RELEVANCE_WEIGHTS = {"nearness": 5.34, "subject": 45.65, "coverage": 6.87, "found": 2.7}
-RELEVANCE_INTERCEPT = -10.3
 LARGEST_SUBJECT = 0.05  # what is beyond tells the language, and nothing of vectors that lie all in one direction
-WITHOUT_MODEL = (0.4, 0.05)  # the nearness and subject that stand in for them
+WITHOUT_MODEL = (0.6, 0.05, 0.0)  # the nearness, the subject and the weight of the meaning that stand in for a model's
 
 
-def relevance(words: list[QueryWord], exact: set[str], stems: set[str], nearness: float, subject: float) -> float:
+def relevance(
+    words: list[QueryWord], exact: set[str], stems: set[str], nearness: float, subject: float, semantic_weight: float
+) -> float:
     """Return the probability that the passage with these keyword_terms has to do with the query of these words.
 
+    It was fitted by logistic regression on people's questions to nine sets of documents (Turkish planning, regulations
+    and history, English software), each against the questions to the others, those in its language for twice; a query
+    stood by the likeliest of its first five passages. Words and pairs of words drawn from each set counted for a fifth.
+    92 of 100 own questions come to 0.5 by it; README.md tells how far it holds.
+
     nearness, subject: the query's cosine with the passage, and its mean with all passages, both as parts of what
-    passages have with their nearest (Index.usual_similarity), so that models and documents can be exchanged. A query
-    without words has 0.
+    passages have with their nearest (Index.usual_similarity), so that models and documents can be exchanged.
+    semantic_weight: the meaning's in hybrid search, as fitted for the index. The words count by the rest: the better a
+    model knows the documents' language, the fewer of a question's words its answer need hold.
+    A query without words has 0.
     """
     weight = sum(word.weight for word in words)
     if not weight:
         return 0.0
     held = [word for word in words if word.weight and word.is_in(exact, stems)]
     near = [word for word in words if word.weight and word not in held and word.is_nearly_in(stems)] if held else []
-    features = {
-        "nearness": nearness,
-        "subject": min(subject, LARGEST_SUBJECT),
-        "coverage": (sum(word.weight for word in held) + sum(word.weight for word in near) / 2) / weight,
-        "found": math.log1p(len(held) + len(near) / 2),
-    }
-    return 1 / (1 + math.exp(-RELEVANCE_INTERCEPT - sum(RELEVANCE_WEIGHTS[name] * features[name] for name in features)))
+    coverage = (sum(word.weight for word in held) + sum(word.weight for word in near) / 2) / weight
+    by_meaning = 5.66 * nearness + 12.61 * min(subject, LARGEST_SUBJECT) - 2.25
+    by_words = 7.94 * coverage + 7.27 * math.log1p(len(held) + len(near) / 2) - 13.9
+    all_held = 5.5 * (coverage > 0.99)  # a query of a word or two that stand there, whatever its meaning
+    return 1 / (1 + math.exp(-by_meaning - (1 - semantic_weight) * by_words - all_held))
 
 
 # ---------------------------------------------------------------------------------------------- training

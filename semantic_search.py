@@ -136,11 +136,14 @@ def score_passages(index: Index, query: str, request: Request) -> Scored:
     if request.mode == "semantic":
         return Scored(words, cosines, keyword, cosines, 1.0, mean, deviation)
     weight = request.semantic_weight
-    if weight is None:
-        weight = index.header["search"].get("semantic_weight", DEFAULT_SEMANTIC_WEIGHT)
-    weight = weight_for_query(weight, held)
+    weight = weight_for_query(weight_of_meaning(index) if weight is None else weight, held)
     ranking = combined_scores(cosines, keyword, mean, deviation, weight)
     return Scored(words, cosines, keyword, ranking, weight, mean, deviation)
+
+
+def weight_of_meaning(index: Index) -> float:
+    """Return the weight of the meaning that run_finetuning.py has fitted for the index's model."""
+    return index.header["search"].get("semantic_weight", DEFAULT_SEMANTIC_WEIGHT)
 
 
 def cosines_of(vectors: np.ndarray, vector: np.ndarray) -> np.ndarray:
@@ -155,7 +158,7 @@ def relevances(index: Index, searches: list[Scored], place: int) -> list[float]:
         near = WITHOUT_MODEL
         if one.cosines:  # a passage that is no candidate is no nearer than those that are
             cosine = one.cosines[place] if place in one.cosines else min(one.cosines.values())
-            near = (cosine / index.usual_similarity, one.mean / index.usual_similarity)
+            near = (cosine / index.usual_similarity, one.mean / index.usual_similarity, weight_of_meaning(index))
         values.append(relevance(one.words, exact, stems, *near))
     return values
 

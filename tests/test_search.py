@@ -263,15 +263,18 @@ def test_a_passage_that_holds_all_of_a_short_query_is_relevant_however_common_it
 def test_each_part_of_the_relevance_counts():
     words = [QueryWord(name, name[:6], "stem", 3, 5.0) for name in ("secildi", "lisans", "neden")]
     holding = ({"lisans"}, {"lisans"})
-    usual = relevance(words, *holding, 0.5, 0.05)
-    assert relevance(words, {"lisans"}, {"lisans", "secilm"}, 0.5, 0.05) > usual  # another ending
-    assert relevance(words, {"lisans"}, {"lisans", "neden"}, 0.5, 0.05) > usual
-    assert relevance(words, *holding, 0.9, 0.05) > usual > relevance(words, *holding, 0.1, 0.05)
-    assert usual > relevance(words, *holding, 0.5, 0.01)
-    assert relevance(words, *holding, 0.5, 0.1) == relevance(words, *holding, 0.5, 0.6)  # vectors in one direction
-    assert relevance([words[0]._replace(weight=9.0), *words[1:]], *holding, 0.5, 0.05) < usual  # a rarer one lacks
-    assert relevance(words, set(), {"secilm"}, 0.5, 0.05) == relevance(words, set(), set(), 0.5, 0.05)
-    assert relevance([], set(), set(), 1.0, 0.05) == 0
+    usual = relevance(words, *holding, 0.5, 0.05, 0.2)
+    assert relevance(words, {"lisans"}, {"lisans", "secilm"}, 0.5, 0.05, 0.2) > usual  # another ending
+    assert relevance(words, {"lisans"}, {"lisans", "neden"}, 0.5, 0.05, 0.2) > usual
+    assert relevance(words, *holding, 0.9, 0.05, 0.2) > usual > relevance(words, *holding, 0.1, 0.05, 0.2)
+    assert usual > relevance(words, *holding, 0.5, 0.01, 0.2)
+    assert relevance(words, *holding, 0.5, 0.1, 0.2) == relevance(
+        words, *holding, 0.5, 0.6, 0.2
+    )  # vectors in one direction
+    assert relevance([words[0]._replace(weight=9.0), *words[1:]], *holding, 0.5, 0.05, 0.2) < usual  # a rarer one lacks
+    assert relevance(words, set(), {"secilm"}, 0.5, 0.05, 0.2) == relevance(words, set(), set(), 0.5, 0.05, 0.2)
+    assert relevance([], set(), set(), 1.0, 0.05, 0.2) == 0
+    assert relevance(words, *holding, 0.5, 0.05, 0.8) > usual  # few words held say less where the meaning is trusted
 
 
 def test_a_pasted_log_line_does_not_hide_what_a_question_finds(ask):
