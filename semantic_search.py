@@ -353,7 +353,7 @@ def split_needs(task: str) -> list[str]:
     pieces: list[str] = []
     for line in task.splitlines():
         for sentence in sentences(plain_text(line)):
-            if pieces and len(sentence.split()) < 4:
+            if pieces and len(sentence.split()) < 3:
                 pieces[-1] += " " + sentence
             else:
                 pieces.append(sentence)

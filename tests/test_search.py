@@ -198,6 +198,10 @@ def test_a_task_is_split_into_its_lines_and_sentences_with_short_ones_joined():
     assert needs[0].startswith("Raporu incele ve değerlendir. Kısa not")
     assert needs[1].startswith("Mimari açıdan sonuçları yaz")
     assert len(needs) == semantic_search.MAX_NEEDS
+    assert split_needs("Lisans risklerini listele. Write unit tests.") == [
+        "Lisans risklerini listele.",
+        "Write unit tests.",
+    ]
 
 
 def test_standard_scores_have_mean_0_and_deviation_1_and_equal_ones_are_0():
