@@ -155,11 +155,11 @@ def relevances(index: Index, searches: list[Scored], place: int) -> list[float]:
     exact, stems = passage_terms(index.passages[place])
     values = []
     for one in searches:
-        near = WITHOUT_MODEL
+        of_model = WITHOUT_MODEL
         if one.cosines:  # a passage that is no candidate is no nearer than those that are
             cosine = one.cosines[place] if place in one.cosines else min(one.cosines.values())
-            near = (cosine / index.usual_similarity, one.mean / index.usual_similarity, weight_of_meaning(index))
-        values.append(relevance(one.words, exact, stems, *near))
+            of_model = (cosine / index.usual_similarity, one.mean / index.usual_similarity, weight_of_meaning(index))
+        values.append(relevance(one.words, exact, stems, *of_model))
     return values
 
 
