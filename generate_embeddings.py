@@ -66,6 +66,7 @@ from prepare_finetuning_data import (
     warn,
 )
 from run_finetuning import (
+    DEFAULT_SEMANTIC_WEIGHT,
     Encoder,
     Keywords,
     is_first_process,
@@ -662,6 +663,11 @@ class Index:
         """Up to 2,000 vectors spread evenly over the index: how near a query is to passages in general."""
         count = len(self.passages)
         return self.vectors.reconstruct_batch(np.linspace(0, count - 1, min(count, 2000)).astype(np.int64))
+
+    @property
+    def semantic_weight(self) -> float:
+        """Hybrid search's weight of the meaning that run_finetuning.py has fitted for the index's model."""
+        return self.header["search"].get("semantic_weight", DEFAULT_SEMANTIC_WEIGHT)
 
     @functools.cached_property
     def usual_similarity(self) -> float:

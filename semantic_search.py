@@ -57,7 +57,6 @@ from generate_embeddings import Index, Superseded, load_index
 from prepare_finetuning_data import composed, plain_text, render, sentences, warn
 from run_finetuning import (
     CANDIDATES,
-    DEFAULT_SEMANTIC_WEIGHT,
     WITHOUT_MODEL,
     QueryWord,
     combined_scores,
@@ -135,15 +134,10 @@ def score_passages(index: Index, query: str, request: Request) -> Scored:
     mean, deviation = float(background.mean()), float(background.std()) or 1.0
     if request.mode == "semantic":
         return Scored(words, cosines, keyword, cosines, 1.0, mean, deviation)
-    weight = request.semantic_weight
-    weight = weight_for_query(weight_of_meaning(index) if weight is None else weight, held)
+    weight = index.semantic_weight if request.semantic_weight is None else request.semantic_weight
+    weight = weight_for_query(weight, held)
     ranking = combined_scores(cosines, keyword, mean, deviation, weight)
     return Scored(words, cosines, keyword, ranking, weight, mean, deviation)
-
-
-def weight_of_meaning(index: Index) -> float:
-    """Return the weight of the meaning that run_finetuning.py has fitted for the index's model."""
-    return index.header["search"].get("semantic_weight", DEFAULT_SEMANTIC_WEIGHT)
 
 
 def cosines_of(vectors: np.ndarray, vector: np.ndarray) -> np.ndarray:
@@ -158,7 +152,7 @@ def relevances(index: Index, searches: list[Scored], place: int) -> list[float]:
         of_model = WITHOUT_MODEL
         if one.cosines:  # a passage that is no candidate is no nearer than those that are
             cosine = one.cosines[place] if place in one.cosines else min(one.cosines.values())
-            of_model = (cosine / index.usual_similarity, one.mean / index.usual_similarity, weight_of_meaning(index))
+            of_model = (cosine / index.usual_similarity, one.mean / index.usual_similarity, index.semantic_weight)
         values.append(relevance(one.words, exact, stems, *of_model))
     return values
 

@@ -277,6 +277,9 @@ def test_each_part_of_the_relevance_counts():
     assert relevance([words[0]._replace(weight=9.0), *words[1:]], *holding, 0.5, 0.05, 0.2) < usual  # a rarer one lacks
     assert relevance(words, set(), {"secilm"}, 0.5, 0.05, 0.2) == relevance(words, set(), set(), 0.5, 0.05, 0.2)
     assert relevance([], set(), set(), 1.0, 0.05, 0.2) == 0
+    all_but_one, all_held = ({"lisans", "neden", "secild"} - own for own in ({"neden"}, set()))
+    gained = [relevance(words, held, held, 0.1, 0.05, 0.8) for held in ({"lisans"}, all_but_one, all_held)]
+    assert gained[2] > 0.5 > gained[1] > gained[0]  # all words held outweigh that the meaning is far
     assert relevance(words, *holding, 0.5, 0.05, 0.8) > usual  # few words held say less where the meaning is trusted
 
 
@@ -402,6 +405,15 @@ def test_the_fitted_weight_of_the_index_is_used_unless_config_names_one(index_of
         monkeypatch.setattr(config, "SEMANTIC_WEIGHT", configured)
         assert exit_status(semantic_search.main, query) == 0
         assert json.loads(capsys.readouterr().out)["results"][0]["explain"]["semantic_weight"] == used
+
+
+def test_a_passage_that_holds_few_of_the_words_is_likelier_relevant_where_the_meaning_weighs_more(index_of):
+    index, values = index_of(None, search={}), []
+    for weight in (0.2, 0.8):
+        index.header["search"]["semantic_weight"] = weight
+        results = semantic_search.search(index, "yedek zürafa suaygırı timsah", Request("hybrid", 5))["results"]
+        values.append(max(result["relevance"] for result in results))
+    assert values[0] < values[1]
 
 
 def test_words_count_by_how_much_of_the_query_one_passage_holds(index_of):
