@@ -109,9 +109,9 @@ def set_verbosity(options: argparse.Namespace) -> None:
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 
-def next_command(command: str, option: str, path: Path | str, usual: Path) -> str:
-    """Return the line that names the next step, with the option that tells it a path other than the usual one."""
-    return f"next: {command}" + f" {option} {shlex.quote(printable(str(path)))}" * (Path(path) != usual)
+def command_for(command: str, option: str, path: Path, usual: Path) -> str:
+    """Return a script's command, with the option that tells it a path other than the usual one."""
+    return command + f" {option} {shlex.quote(printable(str(path)))}" * (path != usual)
 
 
 def printable(text: str) -> str:
@@ -194,6 +194,9 @@ def sync(path: Path) -> None:
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main and exit: 0 done, main's own status, 2 a mistake (one line), 130 Ctrl-C."""
+    for name in ("stdin", "stdout", "stderr"):  # one that the shell closed: its number must not become a file's
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
     try:
         with contextlib.redirect_stderr(sys.stderr):  # errors are shown with --quiet too
             status = main() or 0

@@ -38,6 +38,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import sqlite3
 import sys
@@ -51,7 +52,7 @@ import numpy as np
 import orjson
 
 import config
-from config import UserError, next_command, previous, remove, replacing, restore_previous, sync
+from config import UserError, command_for, previous, remove, replacing, restore_previous, sync
 from prepare_finetuning_data import (
     WINDOW_FILES,
     Passage,
@@ -181,8 +182,8 @@ def encoder_is_whole(folder: Path, model: dict) -> bool:
     return all(is_whole(folder / name, *state) for name, state in model["files"].items())
 
 
-def load_encoder(model: dict, index_dir: Path) -> Encoder:
-    """Load the encoder an index was made with; model is the record of it in metadata.json.
+def load_encoder(header: dict, index_dir: Path) -> Encoder:
+    """Load the encoder an index was made with; header: its metadata.json without the passages.
 
     The model before stands in while a newly tuned one waits for its index. Files are compared after they are read,
     because the folder may be swapped meanwhile.
@@ -190,6 +191,7 @@ def load_encoder(model: dict, index_dir: Path) -> Encoder:
     Raises:
         UserError: the model is gone or has changed since, so that its vectors and the index's do not belong together.
     """
+    model = header["model"]
     folder = index_dir / model["folder"]
     for place in (folder, previous(folder)):
         with contextlib.suppress(UserError):
@@ -198,7 +200,7 @@ def load_encoder(model: dict, index_dir: Path) -> Encoder:
                 return encoder
     raise UserError(
         f"the model {model['name']} is gone or has changed since {index_dir} was made;"
-        " run generate_embeddings.py again (keyword search still works: --mode keyword)"
+        f" run {build_command(index_dir, header)} (keyword search still works: --mode keyword)"
     )
 
 
@@ -513,7 +515,7 @@ def restore(index_dir: Path) -> dict:
         sync(index_dir)
         prune(index_dir, len(backup_files(index_dir)))
         return header
-    raise UserError(f"{index_dir} holds no usable backup; run generate_embeddings.py to build the index anew")
+    raise UserError(f"{index_dir} holds no usable backup; run {build_command(index_dir)} to build the index anew")
 
 
 # --------------------------------------------------------------------------------- the index on disk, read
@@ -582,12 +584,12 @@ def open_metadata(path: Path, whole: bool) -> tuple[dict, bytes]:
             header = orjson.loads(first + second + b"]}")
             if header.get("format") != FORMAT:
                 found = f"{path} has format {header.get('format')}, not {FORMAT}"
-                raise UserError(f"{found}; run generate_embeddings.py to build it anew")
+                raise UserError(f"{found}; run {build_command(path.parent, header)} to build it anew")
             if header.get("header_checksum") != f"{zlib.crc32(second):08x}":
                 raise UserError(damaged(path))
             return header, first + second + file.read() if whole else first + second
     except FileNotFoundError:
-        raise UserError(f"no index in {path.parent}; run generate_embeddings.py first") from None
+        raise UserError(f"no index in {path.parent}; run {build_command(path.parent)} first") from None
     except ValueError:
         raise UserError(damaged(path)) from None
 
@@ -605,7 +607,26 @@ def whole_header(index_dir: Path, path: Path) -> dict:
 
 
 def damaged(path: Path) -> str:
-    return f"{path} is damaged; run generate_embeddings.py --restore to go back to the index before"
+    return f"{path} is damaged; run {build_command(path.parent)} --restore to go back to the index before"
+
+
+def build_command(index_dir: Path, header: dict | None = None) -> str:
+    """Return the command that builds an index of the documents and with the model that its header, if any, tells."""
+    header, usual = header or {}, build_parser().parse_args([])
+    words = ["python", "generate_embeddings.py"]
+    root, globs = header.get("documents_root"), header.get("globs")
+    if root and root != str(usual.documents_root.resolve()):
+        words += ["--documents-root", root]
+    if globs and globs != wanted_globs(config.TARGET_DOCUMENTS):
+        words += [word for glob in globs for word in ("--documents", glob)]
+    model = header.get("model", {}).get("name", usual.model)
+    if model != usual.model:
+        words += ["--model", model]
+    return command_for(shlex.join(words), "--index-dir", index_dir, usual.index_dir)
+
+
+def wanted_globs(globs: list[str]) -> list[str]:
+    return sorted({glob.lstrip("/") for glob in globs})
 
 
 class Superseded(UserError):
@@ -687,7 +708,7 @@ class Index:
 
     @functools.cached_property
     def encoder(self) -> Encoder:
-        return self.open_part("encoder", lambda folder: load_encoder(self.header["model"], folder))
+        return self.open_part("encoder", lambda folder: load_encoder(self.header, folder))
 
     def changed_documents(self) -> list[str]:
         """Return the documents that are new, gone or not as they were; none where the index is used without them."""
@@ -891,7 +912,7 @@ def main(argv: list[str] | None = None) -> int:
             restore_previous(Path(options.model))
         source, _ = find_model(options.model, config.BASE_MODEL_REVISION, fallback=False)
         wanted = {
-            "globs": sorted({glob.lstrip("/") for glob in globs}),
+            "globs": wanted_globs(globs),
             "max_passage_chars": config.MAX_PASSAGE_CHARS,
             "max_document_mb": config.MAX_DOCUMENT_MB,
             "faiss_index": config.FAISS_INDEX,
@@ -907,7 +928,7 @@ def main(argv: list[str] | None = None) -> int:
     seconds = time.perf_counter() - started
     print(f"{len(paths)} documents, {counts[0]} distinct passages, {counts[1]} embedded; {config.duration(seconds)}")
     search = 'python semantic_search.py "your question"'
-    print(f"wrote {index_dir}; {next_command(search, '--index-dir', index_dir, config.INDEX_DIR)}")
+    print(f"wrote {index_dir}; next: {command_for(search, '--index-dir', index_dir, config.INDEX_DIR)}")
     return 0
 
 

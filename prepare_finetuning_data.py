@@ -45,7 +45,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import config
-from config import UserError, next_command, printable, replacing
+from config import UserError, command_for, printable, replacing
 
 # ------------------------------------------------------------------------------------ documents on disk
 
@@ -1055,18 +1055,18 @@ def write_tsv(path: Path, rows: list[NamedTuple], columns: tuple[str, ...]) -> N
             file.write("\t".join(" ".join(field.split()) for field in row) + "\n")
 
 
-def read_tsv(
-    path: Path, row_type: type, may_be_empty: bool = False, remedy: str = "run prepare_finetuning_data.py again"
-) -> list:
+def read_tsv(path: Path, row_type: type, may_be_empty: bool = False, remedy: str = "") -> list:
     """Read what write_tsv wrote into row_type, a NamedTuple whose fields are the columns.
 
     Raises:
         UserError: the file is missing, lacks a column, has a row of another length, or has no rows.
     """
+    command = command_for("python prepare_finetuning_data.py", "--data-dir", path.parent, config.FINE_TUNING_DATA_DIR)
+    remedy = remedy or f"run {command}"
     try:
         text = composed(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; run prepare_finetuning_data.py first") from None
+        raise UserError(f"{path} is missing; {remedy}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 at byte {error.start}; {remedy}") from None
     rows = [line.split("\t") for line in text.removesuffix("\n").split("\n")]
@@ -1518,8 +1518,8 @@ def main(argv: list[str] | None = None) -> None:
         write_report(options.report, report, passages, family, templates, pairs, tokens, window)
     if not options.quiet:
         print_report(report)
-    following = next_command("python run_finetuning.py", "--data-dir", options.data_dir, config.FINE_TUNING_DATA_DIR)
-    print(f"wrote {options.data_dir}{f' and {options.report}' * bool(options.report)}; {following}")
+    following = command_for("python run_finetuning.py", "--data-dir", options.data_dir, config.FINE_TUNING_DATA_DIR)
+    print(f"wrote {options.data_dir}{f' and {options.report}' * bool(options.report)}; next: {following}")
 
 
 if __name__ == "__main__":

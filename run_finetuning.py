@@ -45,7 +45,7 @@ from typing import NamedTuple
 import numpy as np
 
 import config
-from config import UserError, duration, next_command, previous, remove, replacing, restore_previous, sync
+from config import UserError, command_for, duration, previous, remove, replacing, restore_previous, sync
 from prepare_finetuning_data import (
     CHART_COLOURS,
     WINDOW_FILES,
@@ -927,6 +927,9 @@ def training_arguments(options: argparse.Namespace, steps: int, watching: bool, 
 # ------------------------------------------------------------------ going on after a kill, several processes
 
 
+COMPLETE = "complete"  # the file that marks a checkpoint written to its end
+
+
 def workspace(model_dir: Path) -> Path:
     """Return the folder of the checkpoints: beside the model's, and gone when that is saved."""
     return model_dir.with_name(f".{model_dir.name}.training")
@@ -940,8 +943,8 @@ def claim_workspace(folder: Path, identity: str, fresh: bool) -> int:
     left = read_json(folder / "run.json")
     checkpoint = last_checkpoint(folder)
     if checkpoint and left.get("identity") == identity and not fresh:
-        for path in sorted(folder.glob("checkpoint-*")):
-            if not (path / "complete").exists():  # cut short by the kill
+        for path in folder.glob("checkpoint-*"):
+            if not is_complete(path):  # cut short by the kill, or damaged since
                 remove(path)
         done = checkpoint.name.rpartition("-")[2]
         print(f"found an interrupted training: going on after step {done} of {left['steps']} (--fresh starts over)")
@@ -959,9 +962,21 @@ def write_workspace(folder: Path, identity: str, steps: int) -> None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end (see progress_callback)."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/complete")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    """Return the newest checkpoint that is complete."""
+    newest_first = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2]))
+    return next(filter(is_complete, newest_first), None)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint was written to its end (see progress_callback) and is as it was then."""
+    mark = checkpoint / COMPLETE
+    return mark.exists() and mark.read_text(encoding="utf-8", errors="replace") == checksums_of(checkpoint)
+
+
+def checksums_of(checkpoint: Path) -> str:
+    """Return the SHA-256 of each file of a checkpoint, a line each."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != COMPLETE)
+    return "".join(f"{sha256_of(path)} {path.relative_to(checkpoint)}\n" for path in files)
 
 
 def processes() -> int:
@@ -1012,7 +1027,7 @@ def progress_callback(steps: int):
             if state.is_world_process_zero:
                 for path in sorted(path for path in folder.rglob("*") if path.is_file()):
                     sync(path)
-                (folder / "complete").touch()  # what a kill cuts short lacks it
+                (folder / COMPLETE).write_text(checksums_of(folder), encoding="utf-8")  # a kill before leaves none
 
         def on_evaluate(self, args, state, control, **kwargs):
             """Print loss and nDCG@10 above the bar."""
@@ -1418,7 +1433,8 @@ def model_fingerprint(folder: Path) -> str:
 def read_json(path: Path) -> dict:
     """Return the object in a JSON file, or {} where there is none that can be read."""
     with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
     return {}
 
 
@@ -1769,7 +1785,7 @@ def finish(model, evaluation: dict, judged: HeldOut, options: argparse.Namespace
         usual = config.FINE_TUNED_MODEL_DIR / config.MODEL_NAME
         summary = (
             f"wrote {options.model_dir} in {duration(60 * evaluation['minutes'])}; report.html there shows what was"
-            f" gained; {next_command('python generate_embeddings.py', '--model', options.model_dir, usual)}"
+            f" gained; next: {command_for('python generate_embeddings.py', '--model', options.model_dir, usual)}"
         )
     remove(workspace(options.model_dir))
     print_comparison(evaluation["comparison"], options.quiet, summary)

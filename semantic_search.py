@@ -53,7 +53,7 @@ import numpy as np
 
 import config
 from config import UserError, printable, replacing
-from generate_embeddings import Index, Superseded, load_index
+from generate_embeddings import Index, Superseded, build_command, load_index
 from prepare_finetuning_data import composed, plain_text, render, sentences, warn
 from run_finetuning import (
     CANDIDATES,
@@ -874,7 +874,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     if changed := index.changed_documents():
         names = ", ".join(changed[:3]) + ", …" * (len(changed) > 3)
-        warn(f"{options.index_dir} is older than {len(changed)} of its documents ({names}); run generate_embeddings.py")
+        following = build_command(options.index_dir, index.header)
+        warn(f"{options.index_dir} is older than {len(changed)} of its documents ({names}); run {following}")
     piped = (line.decode(errors="replace").rstrip("\r\n") for line in sys.stdin.buffer)
     if options.html:
         queries = [" ".join(options.query)] if options.query or sys.stdin.isatty() else piped

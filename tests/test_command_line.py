@@ -8,6 +8,7 @@ import pytest
 from conftest import REPOSITORY, error_line, run_script
 
 import config
+from prepare_finetuning_data import read_corpus, read_pairs
 
 DOCUMENTS = {"--documents-root": "DOCUMENTS_ROOT", "--documents": "TARGET_DOCUMENTS"}
 OPTIONS = {
@@ -117,6 +118,14 @@ def test_a_mistake_of_the_program_shows_its_traceback():
     assert done.returncode == 2 and "KeyError" in done.stderr, "1 would say that a search found nothing"
 
 
+@pytest.mark.parametrize("redirection", ["<&-", ">&-", "2>&-"])
+def test_a_stream_that_the_shell_closed_is_no_fault(redirection, tmp_path):
+    script = f"'{sys.executable}' prepare_finetuning_data.py -q --data-dir '{tmp_path / 'data'}' {redirection}"
+    done = subprocess.run(script, shell=True, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr
+    assert read_pairs(tmp_path / "data") and read_corpus(tmp_path / "data")
+
+
 def test_a_folder_that_may_not_be_written_is_one_line(project, tmp_path):
     (tmp_path / "data").write_text("a file stands in the way", encoding="utf-8")
     done = run_script(
@@ -127,11 +136,11 @@ def test_a_folder_that_may_not_be_written_is_one_line(project, tmp_path):
     assert str(tmp_path / "data") in error_line(done.stderr)
 
 
-def test_the_next_command_names_a_folder_that_config_does_not():
+def test_a_command_names_a_folder_that_config_does_not():
     usual = config.INDEX_DIR
-    assert config.next_command("python search.py", "--index-dir", usual, usual) == "next: python search.py"
-    told = config.next_command("python search.py", "--index-dir", "my index", usual)
-    assert told == "next: python search.py --index-dir 'my index'"
+    assert config.command_for("python search.py", "--index-dir", usual, usual) == "python search.py"
+    told = config.command_for("python search.py", "--index-dir", "my index", usual)
+    assert told == "python search.py --index-dir 'my index'"
 
 
 def test_a_script_tells_the_next_one_where_it_wrote(tmp_path):

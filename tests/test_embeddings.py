@@ -461,7 +461,7 @@ def test_check_without_an_index_creates_none(built, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- damage
 
-COMMAND = re.compile(r"run (python )?generate_embeddings\.py|run run_finetuning\.py")
+COMMAND = re.compile(r"run python generate_embeddings\.py|run run_finetuning\.py")
 
 
 DAMAGES = [(damage, place) for damage in ("flip", "cut") for place in (0.0, 0.3, 0.6, 0.99)] + [("gone", 0.0)]

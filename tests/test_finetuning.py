@@ -432,7 +432,7 @@ def kill_after_a_checkpoint(chain, model_dir: Path) -> None:
     arguments = ["--data-dir", chain.data, "--model-dir", model_dir, "--base-model", chain.base, "--batch-size", 8]
     process = start_script("run_finetuning.py", *arguments, "--max-steps", 120)
     folder = run_finetuning.workspace(model_dir)
-    reached = wait_until(lambda: run_finetuning.last_checkpoint(folder), process)
+    reached = wait_until(lambda: list(folder.glob(f"*/{run_finetuning.COMPLETE}")), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert reached and process.returncode == -signal.SIGKILL
@@ -452,6 +452,25 @@ def test_training_that_is_killed_leaves_the_old_model_and_the_next_run_goes_on(c
     assert train(chain.data, tmp_path / "straight", chain.base, "--max-steps", 120) == 0
     gone_on, straight = (load_model(folder, "cpu").encode(TEXTS) for folder in (installed, tmp_path / "straight"))
     assert np.allclose(gone_on, straight, atol=1e-4), "going on ends where an undisturbed run ends"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", run_finetuning.COMPLETE])
+def test_a_damaged_checkpoint_is_not_gone_on_with(chain, installed, capsys, name):
+    kill_after_a_checkpoint(chain, installed)
+    for path in run_finetuning.workspace(installed).glob(f"checkpoint-*/{name}"):
+        path.write_bytes(path.read_bytes()[:-7])
+    assert train(chain.data, installed, chain.base, "--max-steps", 120, "--force") == 0
+    assert "going on" not in capsys.readouterr().out
+    assert not run_finetuning.workspace(installed).exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"identity": 3}'])
+def test_a_damaged_note_of_an_interrupted_training_starts_it_over(tmp_path, content, monkeypatch):
+    monkeypatch.setattr(run_finetuning, "is_complete", lambda checkpoint: True)
+    (tmp_path / "checkpoint-30").mkdir()
+    (tmp_path / "run.json").write_text(content, encoding="utf-8")
+    assert run_finetuning.claim_workspace(tmp_path, "identity", fresh=False) == 0
+    assert not tmp_path.exists()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import math
 import os
 import pty
 import random
+import re
 import select
 import shlex
 import shutil
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, error_line, exit_status, run_script, write_documents
@@ -463,7 +465,7 @@ def test_a_missing_model_refuses_semantic_search_alone(index_of, capsys):
     by_words = keys_of(json.loads(capsys.readouterr().out)["results"])
     (index.folder.parent / "model" / "onnx" / "model.onnx").unlink()
     assert exit_status(semantic_search.main, ["--mode", "semantic", *arguments]) == 2
-    assert "run generate_embeddings.py again" in error_line(capsys.readouterr().err)
+    assert "run python generate_embeddings.py" in error_line(capsys.readouterr().err)
     for mode in ("hybrid", "task", "keyword"):
         assert exit_status(semantic_search.main, ["--mode", mode, *arguments]) == 0
         printed = capsys.readouterr()
@@ -741,8 +743,21 @@ def test_wrong_usage_ends_with_exit_code_2(chain, capsys, arguments):
 
 def test_a_folder_without_an_index_is_one_line_that_says_what_to_run(tmp_path, capsys):
     assert exit_status(semantic_search.main, ["--index-dir", tmp_path / "none", "x"]) == 2
-    assert "run generate_embeddings.py" in error_line(capsys.readouterr().err)
+    told = f"run python generate_embeddings.py --index-dir {tmp_path / 'none'} first"
+    assert told in error_line(capsys.readouterr().err)
     assert not (tmp_path / "none").exists()
+
+
+def test_the_command_that_mends_an_index_makes_that_index_again(index_of, capsys):
+    """Told from its header: without its documents' root it would become an index of other documents."""
+    index = index_of(None)
+    (index.folder.parent / "model" / "onnx" / "model.onnx").unlink()
+    assert exit_status(semantic_search.main, ["--mode", "semantic", "--index-dir", index.folder, "x"]) == 2
+    command = re.search(r"run (python generate_embeddings\.py .*) \(keyword", error_line(capsys.readouterr().err))[1]
+    options = generate_embeddings.build_parser().parse_args(shlex.split(command)[2:])
+    assert options.documents_root == Path(index.header["documents_root"])
+    assert options.documents == index.header["globs"]
+    assert (options.model, options.index_dir) == (index.header["model"]["name"], index.folder)
 
 
 @pytest.mark.parametrize("mode", MODES)
