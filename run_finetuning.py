@@ -1169,7 +1169,8 @@ def add_linear(model, matrix: np.ndarray) -> None:
 
 POWER = 0.5  # of spreading
 SPREAD_PAIRS = 500  # how many pairs tell by what anchors differ from their positives; more tell no better
-CAUTIOUS_ALPHA, CAUTIOUS_POWER = 0.5, 0.25  # the most for a base that knows the language, or without a clear gain
+CAUTIOUS_ALPHA = 0.5  # the most for a base that knows the language, or without a clear gain
+CAUTIOUS_POWER = {"known language": 0.125, "no clear gain": 0.25}  # what the base knows of a language is to stay
 
 
 def step_back(model, base_folder: Path, alpha: float) -> float:
@@ -1603,7 +1604,7 @@ def settle(
         print(f"staying near the base: {reason}", file=sys.stderr)
         keep_modules(model, trained)
         evaluation["alpha"] = step_back(model, base_folder, evaluation["alpha"])
-        tuned, spread = spread_out(model, judged, watched, pairs, CAUTIOUS_POWER)
+        tuned, spread = spread_out(model, judged, watched, pairs, CAUTIOUS_POWER[reason])
     evaluation |= {"stepped_back": reason, "spread": spread}
     return tuned
 

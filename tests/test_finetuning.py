@@ -679,25 +679,33 @@ def test_a_model_that_searches_worse_than_the_base_is_not_shipped(chain, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "kind", "share", "reason"),
+    ("before", "after", "kind", "share", "reason", "powers"),
     [
-        (0.3, 0.9, "heading", 0.3, None),
-        (0.3, 0.9, "heading", 0.7, "known language"),
-        (0.3, 0.9, "question", 0.7, None),
-        (0.5, 0.52, "question", 0.3, "no clear gain"),
+        (0.3, 0.9, "heading", 0.3, None, [0.5]),
+        (0.3, 0.9, "heading", 0.7, "known language", [0.125]),
+        (0.3, 0.9, "question", 0.7, None, [0.5]),
+        (0.5, 0.52, "question", 0.3, "no clear gain", [0.5, 0.25]),
     ],
 )
 def test_the_model_stays_near_a_base_that_knows_the_language_and_where_no_gain_is_clear(
-    chain, tmp_path, monkeypatch, capsys, before, after, kind, share, reason
+    chain, tmp_path, monkeypatch, capsys, before, after, kind, share, reason, powers
 ):
     data = judged_models(monkeypatch, chain, tmp_path, before, after)
+    used = []
+
+    def spread_out(model, judged, watched, pairs, power):
+        used.append(power)
+        return judged.similarities(model), False
+
+    monkeypatch.setattr(run_finetuning, "spread_out", spread_out)
     write_tsv(data / "evaluation_data.tsv", [one._replace(strategy=kind) for one in queries_of(80)], Query._fields)
     monkeypatch.setattr(run_finetuning, "language_share", lambda judged, base: share)
     assert train(data, tmp_path / "model", chain.base) == 0
     verdict = VERDICT.search(capsys.readouterr().out.splitlines()[-1])[1]
     assert verdict == ("improved" if after == 0.9 else "unchanged")
     told = evaluation_of(tmp_path / "model")
-    assert told["stepped_back"] == reason and told["alpha"] == (run_finetuning.CAUTIOUS_ALPHA if reason else 1)
+    assert used == powers and told["stepped_back"] == reason
+    assert told["alpha"] == (run_finetuning.CAUTIOUS_ALPHA if reason else 1)
     assert_same_embeddings(tmp_path / "model", TEXTS)
     report = (tmp_path / "model" / "report.html").read_text(encoding="utf-8")
     assert ("stay near the base" in report) == bool(reason)
