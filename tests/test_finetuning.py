@@ -454,14 +454,29 @@ def test_training_that_is_killed_leaves_the_old_model_and_the_next_run_goes_on(c
     assert np.allclose(gone_on, straight, atol=1e-4), "going on ends where an undisturbed run ends"
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", run_finetuning.COMPLETE])
-def test_a_damaged_checkpoint_is_not_gone_on_with(chain, installed, capsys, name):
+def test_a_damaged_checkpoint_is_not_gone_on_with(chain, installed, capsys):
     kill_after_a_checkpoint(chain, installed)
-    for path in run_finetuning.workspace(installed).glob(f"checkpoint-*/{name}"):
+    for path in run_finetuning.workspace(installed).glob("checkpoint-*/optimizer.pt"):
         path.write_bytes(path.read_bytes()[:-7])
     assert train(chain.data, installed, chain.base, "--max-steps", 120, "--force") == 0
     assert "going on" not in capsys.readouterr().out
     assert not run_finetuning.workspace(installed).exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "1_Pooling/config.json", run_finetuning.COMPLETE])
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-1]), Path.unlink])
+def test_a_checkpoint_is_complete_when_its_files_are_as_they_were_written(tmp_path, name, damage):
+    older, newer = (tmp_path / f"checkpoint-{step}" for step in (90, 120))
+    for checkpoint in (older, newer):
+        (checkpoint / "1_Pooling").mkdir(parents=True)
+        for file in ("model.safetensors", "1_Pooling/config.json"):
+            (checkpoint / file).write_bytes(b"weights")
+        (checkpoint / run_finetuning.COMPLETE).write_text(run_finetuning.checksums_of(checkpoint), encoding="utf-8")
+    assert run_finetuning.last_checkpoint(tmp_path) == newer
+    damage(newer / name)
+    assert run_finetuning.last_checkpoint(tmp_path) == older
+    damage(older / name)
+    assert run_finetuning.last_checkpoint(tmp_path) is None
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"identity": 3}'])
