@@ -943,7 +943,7 @@ def claim_workspace(folder: Path, identity: str, fresh: bool) -> int:
     left = read_json(folder / "run.json")
     checkpoint = last_checkpoint(folder)
     if checkpoint and left.get("identity") == identity and not fresh:
-        for path in folder.glob("checkpoint-*"):
+        for path in sorted(folder.glob("checkpoint-*")):
             if not is_complete(path):  # cut short by the kill, or damaged since
                 remove(path)
         done = checkpoint.name.rpartition("-")[2]
