@@ -691,15 +691,6 @@ class Index:
         return self.header["search"].get("semantic_weight", DEFAULT_SEMANTIC_WEIGHT)
 
     @functools.cached_property
-    def usual_similarity(self) -> float:
-        """The cosine of a passage and the nearest from elsewhere in the index: the median of 500; 1 for one passage."""
-        count = len(self.sample_vectors)
-        places = np.arange(0, count, max(1, count // 500))
-        elsewhere = abs(places[:, None] - np.arange(count)) > count // 50
-        nearest = np.where(elsewhere, self.sample_vectors[places] @ self.sample_vectors.T, -1).max(axis=1)
-        return max(float(np.median(nearest)), 0.0) or 1.0
-
-    @functools.cached_property
     def keywords(self) -> Keywords:
         def opener(path: Path) -> Keywords:
             return Keywords(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True))

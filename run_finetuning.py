@@ -662,24 +662,20 @@ def standard_scores(scores: dict[int, float]) -> dict[int, float]:
     return {place: (score - mean) / deviation for place, score in scores.items()}
 
 
-LARGEST_SUBJECT = 0.05  # what is beyond tells the language, and nothing of vectors that lie all in one direction
-WITHOUT_MODEL = (0.6, 0.05, 0.0)  # the nearness, the subject and the weight of the meaning that stand in for a model's
+USUAL_NEARNESS = 0.15  # stands in for a model's
 
 
-def relevance(
-    words: list[QueryWord], exact: set[str], stems: set[str], nearness: float, subject: float, semantic_weight: float
-) -> float:
+def relevance(words: list[QueryWord], exact: set[str], stems: set[str], nearness: float, passages: int) -> float:
     """Return the probability that the passage with these keyword_terms has to do with the query of these words.
 
-    It was fitted by logistic regression on people's questions to nine sets of documents (Turkish planning, regulations
-    and history, English software), each against the questions to the others, those in its language for twice; a query
-    stood by the likeliest of its first five passages. Words and pairs of words drawn from each set counted for a fifth.
-    92 of 100 own questions come to 0.5 by it; README.md tells how far it holds.
+    It was fitted by logistic regression on people's questions to eight sets of documents with their tuned models
+    (Turkish planning, regulations and history, English abstracts and software), each against the questions to ten
+    sets; those to documents of a near subject counted for a fifth, and so did words and pairs of words drawn from each
+    set. A query stood by the likeliest of its first five passages. README.md tells how far it holds.
 
-    nearness, subject: the query's cosine with the passage, and its mean with all passages, both as parts of what
-    passages have with their nearest (Index.usual_similarity), so that models and documents can be exchanged.
-    semantic_weight: the meaning's in hybrid search, as fitted for the index. The words count by the rest: the better a
-    model knows the documents' language, the fewer of a question's words its answer need hold.
+    nearness: the query's cosine with the passage, less its mean cosine with all: vectors that lie all in one direction,
+    as a language's do that the model does not know, tell nothing.
+    passages: the number that the index has; in more of them, more is found by chance.
     A query without words has 0.
     """
     weight = sum(word.weight for word in words)
@@ -688,10 +684,9 @@ def relevance(
     held = [word for word in words if word.weight and word.is_in(exact, stems)]
     near = [word for word in words if word.weight and word not in held and word.is_nearly_in(stems)] if held else []
     coverage = (sum(word.weight for word in held) + sum(word.weight for word in near) / 2) / weight
-    by_meaning = 5.66 * nearness + 12.61 * min(subject, LARGEST_SUBJECT) - 2.25
-    by_words = 7.94 * coverage + 7.27 * math.log1p(len(held) + len(near) / 2) - 13.9
-    all_held = 5.5 * (coverage > 0.99)  # a query of a word or two that stand there, whatever its meaning
-    return 1 / (1 + math.exp(-by_meaning - (1 - semantic_weight) * by_words - all_held))
+    by_words = 3.05 * coverage + 3.24 * math.log1p(len(held) + len(near) / 2)
+    all_held = 4.1 * (coverage > 0.99)  # a query of a word or two that stand there, whatever its meaning
+    return 1 / (1 + math.exp(5.75 + 0.2 * math.log(passages) - 12.5 * nearness - by_words - all_held))
 
 
 # ---------------------------------------------------------------------------------------------- training

@@ -57,7 +57,7 @@ from generate_embeddings import Index, Superseded, build_command, load_index
 from prepare_finetuning_data import composed, plain_text, render, sentences, warn
 from run_finetuning import (
     CANDIDATES,
-    WITHOUT_MODEL,
+    USUAL_NEARNESS,
     QueryWord,
     combined_scores,
     keyword_scores,
@@ -149,11 +149,10 @@ def relevances(index: Index, searches: list[Scored], place: int) -> list[float]:
     exact, stems = passage_terms(index.passages[place])
     values = []
     for one in searches:
-        of_model = WITHOUT_MODEL
+        nearness = USUAL_NEARNESS
         if one.cosines:  # a passage that is no candidate is no nearer than those that are
-            cosine = one.cosines[place] if place in one.cosines else min(one.cosines.values())
-            of_model = (cosine / index.usual_similarity, one.mean / index.usual_similarity, index.semantic_weight)
-        values.append(relevance(one.words, exact, stems, *of_model))
+            nearness = one.cosines.get(place, min(one.cosines.values())) - one.mean
+        values.append(relevance(one.words, exact, stems, nearness, len(index.passages)))
     return values
 
 
