@@ -794,8 +794,8 @@ def test_meaning_weighs_the_more_the_more_the_base_finds_of_what_words_find(monk
 
     sentences, half = ["sentence"] * size, range(40)
     weights = [weight(sentences, range(count), half) for count in (0, 10, 20, 40, 60)]
-    assert weights == pytest.approx([0.06, 0.1, 0.2, 0.85, 0.85], abs=0.006)
-    assert weight(["sentence"] * 40 + ["term"] * 40, range(20, 80), range(80)) == pytest.approx(0.2, abs=0.006)
+    assert weights == pytest.approx([0.045, 0.075, 0.15, 0.85, 0.85], abs=0.006)
+    assert weight(["sentence"] * 40 + ["term"] * 40, range(20, 80), range(80)) == pytest.approx(0.15, abs=0.006)
     for kinds, by_words in ((sentences, range(0)), (["term"] * size, half)):
         assert weight(kinds, half, by_words) == run_finetuning.DEFAULT_SEMANTIC_WEIGHT
     nothing = HeldOut([], corpus)
