@@ -40,6 +40,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -342,14 +343,14 @@ def without(ranking: dict[int, float], places: set[int]) -> dict[int, float]:
 
 
 def split_needs(task: str) -> list[str]:
-    """Cut a task description into its lines and sentences, short ones joined to the one before."""
+    """Cut a task description at its lines, sentence ends and semicolons, short pieces joined to the one before."""
     pieces: list[str] = []
     for line in task.splitlines():
-        for sentence in sentences(plain_text(line)):
-            if pieces and len(sentence.split()) < 3:
-                pieces[-1] += " " + sentence
+        for piece in re.split(r"(?<=;)\s+|\n", "\n".join(sentences(plain_text(line)))):
+            if pieces and len(piece.split()) < 3:
+                pieces[-1] += " " + piece
             else:
-                pieces.append(sentence)
+                pieces.append(piece)
     if len(pieces) > MAX_NEEDS:
         warn(
             f"only the first {MAX_NEEDS} of the task's {len(pieces)} needs are searched; give the others by themselves"

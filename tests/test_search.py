@@ -191,7 +191,7 @@ def test_a_long_task_finds_passages_for_each_of_its_needs(ask):
     assert {"Planlama/butce.md", "Docs/deployment.md"} <= found
 
 
-def test_a_task_is_split_into_its_lines_and_sentences_with_short_ones_joined():
+def test_a_task_is_split_at_lines_sentence_ends_and_semicolons_with_short_pieces_joined():
     task = (
         "- **Raporu** incele ve değerlendir. Kısa not.\n- Mimari açıdan sonuçları yaz\n\n"
         + "Bir görev daha var burada.\n" * 99
@@ -200,9 +200,10 @@ def test_a_task_is_split_into_its_lines_and_sentences_with_short_ones_joined():
     assert needs[0].startswith("Raporu incele ve değerlendir. Kısa not")
     assert needs[1].startswith("Mimari açıdan sonuçları yaz")
     assert len(needs) == semantic_search.MAX_NEEDS
-    assert split_needs("Lisans risklerini listele. Write unit tests.") == [
+    assert split_needs("Lisans risklerini listele. Write unit tests; then tell us how; soon.") == [
         "Lisans risklerini listele.",
-        "Write unit tests.",
+        "Write unit tests;",
+        "then tell us how; soon.",
     ]
 
 
