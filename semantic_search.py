@@ -152,7 +152,7 @@ def relevances(index: Index, searches: list[Scored], place: int) -> list[float]:
     for one in searches:
         nearness = USUAL_NEARNESS
         if one.cosines:  # a passage that is no candidate is no nearer than those that are
-            nearness = one.cosines.get(place, min(one.cosines.values())) - one.mean
+            nearness = (one.cosines[place] if place in one.cosines else min(one.cosines.values())) - one.mean
         values.append(relevance(one.words, exact, stems, nearness, len(index.passages)))
     return values
 
@@ -346,7 +346,8 @@ def split_needs(task: str) -> list[str]:
     """Cut a task description at its lines, sentence ends and semicolons, short pieces joined to the one before."""
     pieces: list[str] = []
     for line in task.splitlines():
-        for piece in re.split(r"(?<=;)\s+|\n", "\n".join(sentences(plain_text(line)))):
+        clauses = (re.split(r"(?<=;)\s+", sentence) for sentence in sentences(plain_text(line)))
+        for piece in itertools.chain.from_iterable(clauses):
             if pieces and len(piece.split()) < 3:
                 pieces[-1] += " " + piece
             else:
