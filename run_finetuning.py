@@ -671,7 +671,9 @@ def relevance(words: list[QueryWord], exact: set[str], stems: set[str], nearness
     It was fitted by logistic regression on people's questions to eight sets of documents with their tuned models
     (Turkish planning, regulations and history, English abstracts and software), each against the questions to ten
     sets; those to documents of a near subject counted for a fifth, and so did words and pairs of words drawn from each
-    set. A query stood by the likeliest of its first five passages. README.md tells how far it holds.
+    set. A query stood by the likeliest of its first five passages. The number of passages counts for less than fitted,
+    and the constant is that by which nine tenths of the planning documents' own questions come to 0.5. README.md
+    tells how far it holds.
 
     nearness: the query's cosine with the passage, less its mean cosine with all: vectors that lie all in one direction,
     as a language's do that the model does not know, tell nothing.
