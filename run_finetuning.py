@@ -1202,8 +1202,8 @@ PLAIN_NAMES = {
 }
 
 
-def report_page(evaluation: dict, name: str) -> str:
-    """Return report.html, which tells a person who was not there what evaluation.json tells programs.
+def report_page(evaluation: dict, folder: Path) -> str:
+    """Return the report.html of a model's folder: what evaluation.json tells programs, for a person who was not there.
 
     Where trained weights were rejected, their comparison with the base is shown, not that of the base with itself.
     """
@@ -1225,7 +1225,14 @@ def report_page(evaluation: dict, name: str) -> str:
     label = f"Loss and held-out nDCG@10 at steps {', '.join(str(row['step']) for row in history)}"
     charts["history"] = chart("history", label, functools.partial(draw_history, history, alphas), 3.2, panels=2)
     tables = {"modes": modes, "groups": groups, "plain_names": PLAIN_NAMES}
-    return render("report.html", evaluation=evaluation, result=result, name=name, charts=charts, **tables)
+    about = {"name": folder.name, "following": index_command(folder)}
+    return render("report.html", evaluation=evaluation, result=result, charts=charts, **about, **tables)
+
+
+def index_command(folder: Path) -> str:
+    """Return the command that indexes the documents with the model in a folder."""
+    usual = config.FINE_TUNED_MODEL_DIR / config.MODEL_NAME
+    return command_for("python generate_embeddings.py", "--model", folder, usual)
 
 
 def told(rows: dict[str, dict]) -> str:
@@ -1291,7 +1298,7 @@ def save_model(model, folder: Path, evaluation: dict, texts: list[str]) -> None:
         (temporary / "evaluation.json").write_text(
             json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-        (temporary / "report.html").write_text(report_page(evaluation, folder.name), encoding="utf-8")
+        (temporary / "report.html").write_text(report_page(evaluation, folder), encoding="utf-8")
         with (temporary / "README.md").open("a", encoding="utf-8") as card:
             card.write(render("model_card.md", evaluation=evaluation, folder=folder.name))
 
@@ -1780,10 +1787,9 @@ def finish(model, evaluation: dict, judged: HeldOut, options: argparse.Namespace
         summary = f"not saved, the installed model searches better: {better}; --force replaces it"
     else:
         save_model(model, options.model_dir, evaluation, judged.passages[:64])
-        usual = config.FINE_TUNED_MODEL_DIR / config.MODEL_NAME
         summary = (
             f"wrote {options.model_dir} in {duration(60 * evaluation['minutes'])}; report.html there shows what was"
-            f" gained; next: {command_for('python generate_embeddings.py', '--model', options.model_dir, usual)}"
+            f" gained; next: {index_command(options.model_dir)}"
         )
     remove(workspace(options.model_dir))
     print_comparison(evaluation["comparison"], options.quiet, summary)

@@ -65,7 +65,7 @@ def pages(chain, tmp_path_factory) -> dict[str, Path]:
     """Each kind of page: reports of several verdicts, the tiny chain's own, and the data report."""
     folder = tmp_path_factory.mktemp("pages")
     for name, shifts in {"improved": (1.5,), "kept-base": (0.0, -1.0), "unchanged": (0.0001,)}.items():
-        (folder / f"{name}.html").write_text(report_page(evaluation_of(*shifts), "a <model>"), encoding="utf-8")
+        (folder / f"{name}.html").write_text(report_page(evaluation_of(*shifts), Path("a <model>")), encoding="utf-8")
     shutil.copy(chain.model / "report.html", folder / "chain.html")
     hostile = (
         f"\n\n## Ek\n\nBir kutu takıldı {HOSTILE} ve sonra söküldü. Kapak hemen kırıldı, başka bir kutu istendi.\n"
@@ -97,18 +97,18 @@ PAGES = ["improved", "kept-base", "unchanged", "chain", "data"]
 def test_the_first_sentence_is_the_verdict_in_plain_words(shifts, verdict, sentence):
     evaluation = evaluation_of(*shifts)
     assert evaluation["comparison"]["verdict"] == verdict
-    first = re.search(r'<p class="sentence"[^>]*>(.*?)</p>', report_page(evaluation, "name"), re.S)[1]
+    first = re.search(r'<p class="sentence"[^>]*>(.*?)</p>', report_page(evaluation, Path("name")), re.S)[1]
     assert re.search(sentence, first)
     assert re.search(sentence, prepare_finetuning_data.render("model_card.md", evaluation=evaluation, folder="name"))
 
 
 def test_the_figures_of_a_rejected_training_are_shown_and_not_those_of_the_base_with_itself():
     evaluation = evaluation_of(0.0, -1.0)
-    assert f"{evaluation['rejected']['difference']:+.3f}" in report_page(evaluation, "name").replace("−", "-")
+    assert f"{evaluation['rejected']['difference']:+.3f}" in report_page(evaluation, Path("name")).replace("−", "-")
 
 
 def test_the_report_is_the_same_for_the_same_evaluation():
-    assert report_page(evaluation_of(1.5), "name") == report_page(evaluation_of(1.5), "name")
+    assert report_page(evaluation_of(1.5), Path("name")) == report_page(evaluation_of(1.5), Path("name"))
 
 
 def test_most_gained_and_most_lost_carry_the_first_passages_of_both_models(chain):
@@ -120,10 +120,17 @@ def test_most_gained_and_most_lost_carry_the_first_passages_of_both_models(chain
             assert place == (row[f"{model}_rank"] if row[f"{model}_rank"] <= 3 else 0)
 
 
+def test_the_report_names_the_command_that_indexes_with_its_model():
+    usual = config.FINE_TUNED_MODEL_DIR / config.MODEL_NAME
+    assert "<code>python generate_embeddings.py</code>" in report_page(evaluation_of(1.5), usual)
+    elsewhere = report_page(evaluation_of(1.5), Path("models/my own"))
+    assert "generate_embeddings.py --model &#39;models/my own&#39;</code>" in elsewhere
+
+
 def test_an_evaluation_without_queries_or_data_still_makes_a_report():
     evaluation = evaluation_of(1.5) | {"data": {}, "history": [], "nDCG@10_by_alpha": {}, "search": {}}
     evaluation["comparison"] = run_finetuning.compare([], np.zeros(0), np.zeros(0), False, 1) | {"nDCG@10_by_mode": {}}
-    assert "are too few to tell" in report_page(evaluation, "name")
+    assert "are too few to tell" in report_page(evaluation, Path("name"))
 
 
 def test_the_data_report_shows_copies_templates_and_doubtful_pairs(pages):
