@@ -831,12 +831,13 @@ def make_loss(loss: str, model, processes: int = 1):
     return TripletLoss(model, distance_metric=TripletDistanceMetric.COSINE, triplet_margin=0.2)
 
 
-def seconds_per_step(model, loss, columns: dict[str, list[str]], batch_size: int) -> float:
-    """Measure a training step of this machine, without changing the model."""
+def seconds_per_step(model, loss, columns: dict[str, list[str]], rows: list[int], batch_size: int) -> float:
+    """Measure a training step of this machine on some of the rows that are trained on, without changing the model."""
     took = []
     for start in range(3):
         started = time.perf_counter()
-        features = [model.preprocess(column[start::3][:batch_size]) for column in columns.values()]
+        batch = rows[start :: max(3, len(rows) // batch_size)][:batch_size]  # of all kinds of pairs
+        features = [model.preprocess([column[row] for row in batch]) for column in columns.values()]
         features = [{k: v.to(model.device) if hasattr(v, "to") else v for k, v in one.items()} for one in features]
         loss(features, None).backward()
         took.append(time.perf_counter() - started)
@@ -845,14 +846,20 @@ def seconds_per_step(model, loss, columns: dict[str, list[str]], batch_size: int
 
 
 def train(
-    model, columns: dict[str, list[str]], batches: list[list[int]], watched: HeldOut, options: argparse.Namespace
-) -> list[dict]:
+    model,
+    columns: dict[str, list[str]],
+    batches: list[list[int]],
+    watched: HeldOut,
+    deadline: float,
+    options: argparse.Namespace,
+) -> tuple[list[dict], int]:
     """Train on the batches, watching the held-out queries four times; the model ends as the best checkpoint seen.
 
-    An interrupted training of the same kind is gone on with (see claim_workspace).
+    An interrupted training of the same kind is gone on with (see claim_workspace). No step begins after the deadline,
+    in seconds of time.perf_counter, whatever the plan was.
 
     Returns:
-        the history: dicts with step, loss and nDCG@10.
+        the history: dicts with step, loss and nDCG@10; and the number of steps.
     """
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer
@@ -884,10 +891,10 @@ def train(
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(progress_callback(steps))
+    trainer.add_callback(progress_callback(steps, deadline))
     checkpoint = last_checkpoint(workspace(options.model_dir))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return history_of(trainer.state.log_history)
+    return history_of(trainer.state.log_history), trainer.state.global_step
 
 
 def training_arguments(options: argparse.Namespace, steps: int, watching: bool, device: str):
@@ -1005,8 +1012,11 @@ def from_first_process(value):
     return value
 
 
-def progress_callback(steps: int):
-    """Return a callback: a bar with ETA on a terminal, a line on stderr at each look at the held-out set."""
+def progress_callback(steps: int, deadline: float):
+    """Return a callback: a bar with ETA on a terminal, a line on stderr at each look at the held-out set.
+
+    It ends the training at the deadline, in seconds of time.perf_counter, with a last look and checkpoint.
+    """
     from tqdm import tqdm
     from transformers import TrainerCallback
 
@@ -1017,6 +1027,9 @@ def progress_callback(steps: int):
 
         def on_step_end(self, args, state, control, **kwargs):
             self.bar.update(state.global_step - self.bar.n)
+            if state.global_step < steps and from_first_process(time.perf_counter() > deadline):
+                control.should_training_stop = control.should_save = control.should_log = True
+                control.should_evaluate = args.eval_strategy != "no"
             control.should_log |= control.should_evaluate  # the last look need not be a whole quarter
 
         def on_save(self, args, state, control, **kwargs):
@@ -1037,6 +1050,8 @@ def progress_callback(steps: int):
 
         def on_train_end(self, args, state, control, **kwargs):
             self.bar.close()
+            if state.global_step < steps and state.is_world_process_zero:
+                print(f"the time is over after step {state.global_step} (config.MAX_TRAINING_MINUTES)", file=sys.stderr)
 
     return Progress()
 
@@ -1495,11 +1510,11 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def fine_tune(
-    model, pairs: list[Pair], watched: HeldOut, planned: int, budget_seconds: float, identity: str, options
+    model, pairs: list[Pair], watched: HeldOut, planned: int, deadline: float, identity: str, options
 ) -> dict:
     """Train the model in place and mix its weights with the base's; return what evaluation.json tells of that.
 
-    planned: the steps of the interrupted run that is gone on with, or 0.
+    planned: the steps of the interrupted run that is gone on with, or 0. deadline: see train.
     """
     from importlib import metadata
 
@@ -1511,15 +1526,15 @@ def fine_tune(
     base_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
     window, model.max_seq_length = model.max_seq_length, min(model.max_seq_length, config.TRAINING_TOKENS)
     if is_first_process() and not planned:
-        step_seconds = seconds_per_step(model, make_loss(options.loss, model), columns, options.batch_size)
+        step_seconds = seconds_per_step(model, make_loss(options.loss, model), columns, rows, options.batch_size)
         print(f"{len(pairs):,} pairs, {len(rows):,} times trained on", file=sys.stderr)
-        planned = plan_steps(len(rows), step_seconds, budget_seconds, options)
+        planned = plan_steps(len(rows), step_seconds, deadline - time.perf_counter(), options)
         write_workspace(workspace(options.model_dir), identity, planned)
     steps = from_first_process(planned)
     together = plan_batches(rows, apart_keys(pairs), options.batch_size * processes(), steps, options.seed)
     parts = processes()  # all of them get as many rows
     batches = [rows[rank : len(rows) // parts * parts : parts] for rows in together for rank in range(parts)]
-    history = train(model, columns, batches, watched, options)
+    history, steps = train(model, columns, batches, watched, deadline, options)
     alpha, alphas = choose_weights(model, base_weights, watched) if is_first_process() else (1.0, {})
     model.max_seq_length = window
     return {
@@ -1763,8 +1778,8 @@ def main(argv: list[str] | None = None) -> None:
     planned = claim_workspace(workspace(options.model_dir), identity, options.fresh) if is_first_process() else 0
     model = load_model(base_folder, config.DEVICE)
     base, evaluation_seconds = search_with_base(model, judged, watched)
-    budget_seconds = config.MAX_TRAINING_MINUTES * 60 - (time.perf_counter() - started) - evaluation_seconds
-    evaluation = fine_tune(model, pairs, watched, planned, budget_seconds, identity, options)
+    deadline = started + config.MAX_TRAINING_MINUTES * 60 - evaluation_seconds
+    evaluation = fine_tune(model, pairs, watched, planned, deadline, identity, options)
     if not is_first_process():
         return
     tuned = settle(model, base_folder, judged, watched, pairs, base, evaluation, options)

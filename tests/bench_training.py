@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import random
 import sys
 import tempfile
@@ -190,7 +191,7 @@ def trained(variant: Variant, pairs: list[prepare.Pair], steps: int, base: Path,
     if variant.alike:
         batches = of_similar_length(batches, pairs)
     with replaced(variant.make_loss), contextlib.redirect_stderr(io.StringIO()):
-        finetuning.train(model, finetuning.training_columns(pairs), batches, HeldOut([], []), options)
+        finetuning.train(model, finetuning.training_columns(pairs), batches, HeldOut([], []), math.inf, options)
     model.max_seq_length = window
     return model
 

@@ -817,6 +817,20 @@ def test_the_schedule_is_cut_to_the_time_that_is_left(capsys):
     assert run_finetuning.plan_steps(195, 1.0, 1000.0, argparse.Namespace(max_steps=3, batch_size=10)) == 3
 
 
+@pytest.mark.parametrize("watching", [True, False])
+def test_a_training_that_turns_out_slower_than_planned_ends_in_time(chain, tmp_path, monkeypatch, capsys, watching):
+    data = shutil.copytree(chain.data, tmp_path / "data")
+    if not watching:
+        write_tsv(data / "evaluation_data.tsv", [], Query._fields)
+    monkeypatch.setattr(config, "MAX_TRAINING_MINUTES", 0)
+    monkeypatch.setattr(run_finetuning, "plan_steps", lambda *_: 30)
+    assert train(data, tmp_path / "model", chain.base) == 0
+    assert "the time is over after step 1 (config.MAX_TRAINING_MINUTES)" in capsys.readouterr().err
+    told = evaluation_of(tmp_path / "model")
+    assert told["steps"] == told["history"][-1]["step"] == 1
+    assert_same_embeddings(tmp_path / "model", TEXTS)
+
+
 def test_a_vocabulary_that_knows_turkish_letters_is_left_as_it_is(tiny_multilingual_model):
     model = run_finetuning.load_model(tiny_multilingual_model, "cpu")
     texts = [path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "tests/sample_project").rglob("*.md"))]
