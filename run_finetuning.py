@@ -412,7 +412,7 @@ def fitted_weight(share: float | None) -> float:
 WORD_OR_NAME = re.compile(r"(?:(?<![\w.])\*?\.)?[^\W_]+(?:[._/#:@+-]+[^\W_]+)*")  # word, KM-2.1, src/main.py, *.alt
 WORD_PART = re.compile(r"[^\W_]+")
 CAMEL = re.compile(r"(?<=[a-zçğıöşü0-9])(?=[A-ZÇĞİÖŞÜ])")
-ENDING = re.compile(r"(?<=\w)['’][^\W_]+")  # API'nin, don't
+ENDING = re.compile(r"(?<=\w)(?<!\b[cdjlmnstCDJLMNST])['’][^\W_]+")  # API'nin, don't; not l'utilisateur
 MAX_QUERY_WORDS = 64
 CANDIDATES = 200  # passages that each of the two arms puts up for the hybrid search
 DEFAULT_SEMANTIC_WEIGHT = 0.3  # where none was fitted

@@ -342,6 +342,16 @@ def test_names_with_an_ending_before_a_stroke_are_marked_where_they_stand(index_
     assert [text[slice(*span)] for span in semantic_search.matches([word], text)] == ["adresi", "adresi"]
 
 
+def test_a_word_behind_a_shortened_article_is_found_and_marked(index_of):
+    text = "# Guide\n\nL'administrateur vérifie l’utilisateur avant d'ouvrir la vanne.\n"
+    index = index_of({"a.md": text, "b.md": "# Sayaç\n\nSayaçların takibi geceleri yapılır.\n"})
+    for query, form in (("utilisateur", "utilisateur"), ("l'administrateur", "administrateur"), ("d’ouvrir", "ouvrir")):
+        (result,) = semantic_search.search(index, query, Request("keyword", 5))["results"]
+        assert result["source_file"] == "a.md", query
+        words = semantic_search.query_words(index.keywords, query)
+        assert form in [text[slice(*span)] for span in semantic_search.matches(words, text)], query
+
+
 def test_a_long_text_without_spaces_is_cut_anywhere():
     shown = semantic_search.excerpt("漏水" * 400, [], 60)
     assert shown.startswith("漏水漏水") and 50 <= len(shown) <= 60
