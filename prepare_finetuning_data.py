@@ -39,7 +39,7 @@ import unicodedata
 import urllib.parse
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -64,7 +64,7 @@ def find_documents(documents_root: Path, patterns: list[str]) -> list[Path]:
     found = set()
     for pattern in patterns:
         relative = pattern.lstrip("/")
-        if not relative or ".." in Path(relative).parts:
+        if not Path(relative).parts or ".." in Path(relative).parts:
             raise UserError(f"--documents {pattern!r} must be a glob below {documents_root}, such as '**/*.md'")
         try:
             relative.encode()
@@ -128,6 +128,7 @@ DIACRITICS = re.compile("[\u0300-\u036f]")
 WORD = re.compile(r"[^\W_]+")
 TABLE_RULE = re.compile(r"\s*\|?(?:\s*:?-+:?\s*\|)*\s*:?-+:?\s*\|?\s*")
 LIST_MARK = re.compile(r"^\s*(?:[-*+]\s+(?:\[[ xX]\]\s+)?|\d{1,3}[.)]\s+)")
+HEADING_ATTRIBUTES = re.compile(r"\s*#*\s*\{[:#.][^{}]*\}\s*$")  # "Locks {#locks}", as MkDocs and Pandoc write
 OTHER_MARK = re.compile(r"^\s*(?:>\s?|#{1,6}\s+|```+.*|~~~+.*)")
 HTML_TAG = re.compile(  # a comment begins anew at each "<!--", lest many that never end take quadratic time
     r"<!--(?:(?!<!--).)*?-->|"
@@ -138,7 +139,7 @@ HTML_TAG = re.compile(  # a comment begins anew at each "<!--", lest many that n
 LINK = re.compile(r"!?\[([^\]\[]*)\]\([^()\s]*(?:\s[^()]*)?\)")
 LINK_TARGET = re.compile(r"(?<!!)\[([^\]\[]+)\]\(<?([^()\s>]+)")
 DEFINED = re.compile(r"^\s*(?:[-*+]\s+)?\*\*([^*\n]{3,60}?)\s*(?::\*\*|\*\*\s*[:–—])(?=(?:\s+\S+){5})", re.M)
-SET_OFF = re.compile(r"\*\*([^*\n]{4,60})\*\*|`([^`\n]{4,40})`")
+SET_OFF = re.compile(r"\*\*([^*\n]+)\*\*|`([^`\n]+)`")
 CODE_NAME = re.compile(
     r"(?<![\w-])(?![^\W\d_A-Z]{3,}\.\d)(?=[\w./#-]*[A-Za-z])(?=[\w./#-]*(?:\d|[a-z][A-Z]|\w[-_/]\w))[\w#][\w./#-]{3,39}(?<![./-])"
 )
@@ -294,6 +295,7 @@ def cut_sections(text: str, max_chars: int) -> Iterator[list[Block]]:
                 yield blocks
             blocks = []
             level, title = int(node.tag[1]), plain_text(node.children[0].content if node.children else "")
+            title = HEADING_ATTRIBUTES.sub("", title)
             path = [(depth, name) for depth, name in path if depth < level]
             if title:
                 path.append((level, title))
@@ -437,12 +439,13 @@ def split_documents(
 ) -> set[str]:
     """Choose whole families of documents that hold about this share of the passages; return their files.
 
-    Four passages for each of max_queries are enough: not every one gives a query.
+    Four passages for each of max_queries are enough: not every one gives a query. A family's place in the order does
+    not depend on the others, so that a new document leaves nearly all where they are: the installed model and the next
+    one are compared on texts that neither was trained on.
     """
     room = min(share * len(passages), 4 * max_queries)
     sizes = Counter(family[passage.source_file] for passage in passages)
-    families = sorted(sizes)
-    random.Random(seed).shuffle(families)
+    families = sorted(sizes, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
     chosen: set[str] = set()
     for name in families:
         if sizes[name] <= room * 1.2 and len(chosen) < len(families) - 1:
@@ -661,14 +664,8 @@ STRATEGIES: dict[str, Callable[[list[Section], int, random.Random], Made]] = {
 }
 
 
-def make_pairs(
-    passages: list[Passage], held_out: set[str], templates: set[str], strategies: list[str], max_pairs: int, seed: int
-) -> tuple[list[Pair], dict[str, int]]:
-    """Return each strategy's pairs over all training documents, and how much was dropped, by reason.
-
-    A pair is dropped when it is there already in either direction, or when a third of the shingles of one of its
-    texts, or a whole sentence of six words or more, occurs in a held-out document.
-    """
+def leak_test(passages: list[Passage], held_out: set[str]) -> Callable[[str], bool]:
+    """Return what tells whether a held-out document holds a third of a text's shingles or a sentence of six words."""
     held_out_texts = [plain_text(passage.text) for passage in passages if passage.source_file in held_out]
     held_out_shingles = {shingle for text in held_out_texts for shingle in shingles(text)}
     held_out_sentences = {fold(sentence) for text in held_out_texts for sentence in sentences(text)}
@@ -681,6 +678,26 @@ def make_pairs(
         whole = (fold(end) for end in ends if len(end.split()) > 5)
         return len(own & held_out_shingles) > len(own) / 3 or not held_out_sentences.isdisjoint(whole)
 
+    return leaks
+
+
+def make_pairs(
+    passages: list[Passage],
+    held_out: set[str],
+    templates: set[str],
+    strategies: list[str],
+    max_pairs: int,
+    seed: int,
+    labelled: Sequence[tuple[str, Passage]] = (),
+) -> tuple[list[Pair], dict[str, int]]:
+    """Return the pairs of people's labelled questions and of each strategy over all training documents.
+
+    A pair is dropped when it is there already in either direction, or when one of its texts leaks (leak_test).
+
+    Returns:
+        the pairs, and how much was dropped, by reason.
+    """
+    leaks = leak_test(passages, held_out)
     training = [passage for passage in passages if passage.source_file not in held_out]
     sections = usable_sections(training, templates)
     blocks, usable = sum(len(one.blocks) for one in training), sum(len(one.blocks) for one in sections)
@@ -689,20 +706,34 @@ def make_pairs(
         "repeated pairs": 0,
         "pairs with held-out text": 0,
     }
+    made = [question_pairs(labelled, held_out)]
+    made += [strategy_pairs(strategy, sections, max_pairs, seed) for strategy in dict.fromkeys(strategies)]
     pairs: list[Pair] = []
     seen: set[tuple[str, ...]] = set()
-    for strategy in dict.fromkeys(strategies):
-        rng = random.Random(f"{seed} {strategy}")
-        for section, anchor, positive in STRATEGIES[strategy](sections, max_pairs, rng):
-            key = tuple(sorted((fold(anchor), fold(positive))))
-            if key in seen or key[0] == key[1] or not key[0]:
-                dropped["repeated pairs"] += 1
-            elif leaks(anchor) or leaks(positive):
-                dropped["pairs with held-out text"] += 1
-            else:
-                seen.add(key)
-                pairs.append(Pair(anchor, positive, "", strategy, section.source_file, " > ".join(section.path)))
+    for pair in itertools.chain.from_iterable(made):
+        key = tuple(sorted((fold(pair.anchor), fold(pair.positive))))
+        if key in seen or key[0] == key[1] or not key[0]:
+            dropped["repeated pairs"] += 1
+        elif leaks(pair.anchor) or leaks(pair.positive):
+            dropped["pairs with held-out text"] += 1
+        else:
+            seen.add(key)
+            pairs.append(pair)
     return pairs, dropped
+
+
+def strategy_pairs(strategy: str, sections: list[Section], max_pairs: int, seed: int) -> Iterator[Pair]:
+    for section, anchor, positive in STRATEGIES[strategy](sections, max_pairs, random.Random(f"{seed} {strategy}")):
+        yield Pair(anchor, positive, "", strategy, section.source_file, " > ".join(section.path))
+
+
+def question_pairs(labelled: Sequence[tuple[str, Passage]], held_out: set[str]) -> Iterator[Pair]:
+    """Yield the labelled questions on training documents; one that has an answer in a held-out one is asked there."""
+    asked = {fold(question) for question, passage in labelled if passage.source_file in held_out}
+    for question, passage in labelled:
+        if fold(question) not in asked:
+            section = " > ".join(passage.heading)
+            yield Pair(question, passage.model_text, "", "question", passage.source_file, section)
 
 
 def as_input_examples(pairs: Iterable[Pair]) -> list:
@@ -725,40 +756,60 @@ def make_queries(
 ) -> tuple[list[Query], list[CorpusPassage]]:
     """Make queries out of held-out passages, as people search, by turns of three kinds; return them and the corpus.
 
-    heading: the heading of the passage; sentence: a sentence out of it; term: an ID, code name or set-off term that at
-    most three passages hold, all of them held out. People's labelled questions come first. A heading or sentence is
-    taken out of its passage in the corpus, and near-copies of a passage that is asked for, and other holders of a
-    term, are left out of it, so that a query finds neither itself nor a second right answer.
+    heading: the heading of the passage; sentence: a sentence out of it; term: an ID, code name or set-off term that few
+    passages hold, all of them held out. People's labelled questions come first. A heading or sentence is taken out of
+    its passage in the corpus; near-copies of a passage that is asked for, and other right answers (the rest of a
+    heading's section, other holders of a term), are left out of it, so that a query finds neither itself nor a second
+    answer.
     """
     rng = random.Random(seed)
-    first = {(passage.heading, passage.text): passage for passage in reversed(passages)}
-    distinct = list(first.values())[::-1]
-    holders = term_holders(distinct, held_out)
+    distinct = list({(passage.heading, passage.text): passage for passage in reversed(passages)}.values())[::-1]
     queries: list[Query] = []
     in_corpus: dict[Passage, str | None] = {}
+    asked: set[str] = set()
     asked_shingles: set[int] = set()
-    for question, passage in ((question, first[answer.heading, answer.text]) for question, answer in labelled):
-        if passage.source_file in held_out and len(queries) < max_queries / 2:
-            queries.append(Query(question, " ".join(passage.model_text.split()), "question", passage.source_file))
-            in_corpus[passage] = queries[-1].positive
-            asked_shingles |= shingles(passage.text)
-    drawn = [passage for passage in distinct if passage.source_file in held_out and passage not in in_corpus]
+
+    def asks(kind: str, query: str, passage: Passage, positive: str, answers: list[Passage]) -> bool:
+        """Take up the query unless it is there already or another of its answers is that of one before."""
+        others = [other for other in answers if other is not passage]
+        if fold(query) in asked or any(in_corpus.get(other) for other in others):
+            return False
+        queries.append(Query(query, positive, kind, passage.source_file))
+        in_corpus.update(dict.fromkeys(others) | {passage: positive})
+        asked.add(fold(query))
+        asked_shingles.update(shingles(passage.text))
+        return True
+
+    for question, answers in labelled_answers(labelled, held_out):
+        positive = " ".join(answers[0].model_text.split())
+        if len(queries) < max_queries / 2 and in_corpus.get(answers[0], positive) == positive:
+            asks("question", question, answers[0], positive, answers)
+    drawn = [passage for passage in distinct if passage.source_file in held_out]
     rng.shuffle(drawn)
-    asked = {fold(query.query) for query in queries}
+    holders = find_holders(distinct, held_out)
     for passage in drawn:
-        own = shingles(passage.text)
-        if passage in in_corpus or len(own & asked_shingles) > len(own) / 2:
-            in_corpus.setdefault(passage, None)
-        elif len(queries) < max_queries:
-            for kind, query, positive in ask(passage, len(queries), templates, holders, rng):
-                others = [other for other in holders[query] if other is not passage] if kind == "term" else []
-                if fold(query) not in asked and not any(in_corpus.get(other) for other in others):
-                    queries.append(Query(query, positive, kind, passage.source_file))
-                    in_corpus |= dict.fromkeys(others) | {passage: positive}
-                    asked.add(fold(query))
-                    asked_shingles |= own
-                    break
+        if len(queries) < max_queries and passage not in in_corpus and not is_near(passage, asked_shingles):
+            made = ask(passage, len(queries), templates, holders, rng)
+            any(asks(kind, query, passage, positive, answers) for kind, query, positive, answers in made)
+    in_corpus |= dict.fromkeys(one for one in distinct if one not in in_corpus and is_near(one, asked_shingles))
     return queries, make_corpus(distinct, in_corpus)
+
+
+def labelled_answers(labelled: list[tuple[str, Passage]], held_out: set[str]) -> Iterator[tuple[str, list[Passage]]]:
+    """Yield each question that a held-out passage answers, once, with all its answers, that passage first."""
+    answers: dict[str, list[tuple[str, Passage]]] = defaultdict(list)
+    for question, passage in labelled:
+        answers[fold(question)].append((question, passage))
+    for own in answers.values():
+        passages = sorted((passage for _, passage in own), key=lambda passage: passage.source_file not in held_out)
+        if passages[0].source_file in held_out:
+            yield own[0][0], passages
+
+
+def is_near(passage: Passage, asked_shingles: set[int]) -> bool:
+    """Tell whether a passage shares more than half of its shingles with those that are asked for."""
+    own = shingles(passage.text)
+    return len(own & asked_shingles) > len(own) / 2
 
 
 def make_corpus(distinct: list[Passage], instead: dict[Passage, str | None]) -> list[CorpusPassage]:
@@ -767,46 +818,73 @@ def make_corpus(distinct: list[Passage], instead: dict[Passage, str | None]) -> 
     return [CorpusPassage(" ".join(text.split()), source_file) for text, source_file in texts if text is not None]
 
 
-Holders = dict[str, list[Passage]]
+MAX_HOLDERS = 3  # passages that answer a made-up query; all but the one that was asked for are left out of the corpus
 
 
-def term_holders(distinct: list[Passage], held_out: set[str], max_holders: int = 3) -> Holders:
-    """Return the terms that few passages hold, all of them held out, with these passages."""
-    holders: Holders = defaultdict(list)
+class Holders(NamedTuple):
+    """The passages that answer a query for a term, by its words, and for a heading, by its file and path."""
+
+    terms: dict[tuple[str, ...], list[Passage]]
+    headings: dict[tuple[str, ...], list[Passage]]
+
+
+def find_holders(distinct: list[Passage], held_out: set[str]) -> Holders:
+    """Return the terms that few passages hold, set off or not, all of them held out, and every heading's passages."""
+    named = {words_of(term) for one in distinct if one.source_file in held_out for term in find_terms(one.text)}
+    lengths: dict[str, set[int]] = defaultdict(set)
+    for words in filter(None, sorted(named)):
+        lengths[words[0]].add(len(words))
+    terms, headings = defaultdict(list), defaultdict(list)
     for passage in distinct:
-        for term in dict.fromkeys(find_terms(passage.text)):
-            holders[term].append(passage)
-    few = {term: own for term, own in holders.items() if len(own) <= max_holders}
-    return {term: own for term, own in few.items() if all(passage.source_file in held_out for passage in own)}
+        words = words_of(passage.model_text)
+        runs = {words[i : i + length] for i, word in enumerate(words) for length in lengths.get(word, ())}
+        for run in sorted(named & runs):
+            terms[run].append(passage)
+        for depth in range(1, len(passage.heading) + 1):
+            headings[passage.source_file, *passage.heading[:depth]].append(passage)
+    few = {term: own for term, own in terms.items() if len(own) <= MAX_HOLDERS}
+    few = {term: own for term, own in few.items() if all(one.source_file in held_out for one in own)}
+    return Holders(few, headings)
+
+
+def words_of(text: str) -> tuple[str, ...]:
+    return tuple(WORD.findall(fold(text)))
+
+
+Asked = tuple[str, str, list[Passage]] | None  # the query, what stands in the corpus, all passages that answer
 
 
 def ask(
     passage: Passage, turn: int, templates: set[str], holders: Holders, rng: random.Random
-) -> Iterator[tuple[str, str, str]]:
-    """Yield the kinds of query that a passage gives, the one whose turn it is first, with query and positive."""
+) -> Iterator[tuple[str, str, str, list[Passage]]]:
+    """Yield kind, query, positive and answers of each kind that a passage gives, the one whose turn it is first."""
     kinds = [("heading", ask_heading), ("sentence", ask_sentence), ("term", ask_term)]
     first = turn % len(kinds)
     for kind, make in kinds[first:] + kinds[:first]:
         if made := make(passage, templates, holders, rng):
-            query, positive = (" ".join(text.split()) for text in made)
-            yield kind, query, positive
+            query, positive = (" ".join(text.split()) for text in made[:2])
+            yield kind, query, positive, made[2]
 
 
-def ask_heading(passage: Passage, templates: set[str], holders: Holders, rng: random.Random) -> tuple[str, str] | None:
-    if len(passage.heading) < 2 or template_key(passage.heading[-1]) in templates:
+def ask_heading(passage: Passage, templates: set[str], holders: Holders, rng: random.Random) -> Asked:
+    section = holders.headings[passage.source_file, *passage.heading] if passage.heading else []
+    if len(passage.heading) < 2 or len(section) > MAX_HOLDERS or template_key(passage.heading[-1]) in templates:
         return None
-    return heading_query(passage.heading), text_for_model(passage.heading[:-1], passage.text)
+    return heading_query(passage.heading), text_for_model(passage.heading[:-1], passage.text), section
 
 
-def ask_sentence(passage: Passage, templates: set[str], holders: Holders, rng: random.Random) -> tuple[str, str] | None:
+def ask_sentence(passage: Passage, templates: set[str], holders: Holders, rng: random.Random) -> Asked:
     taken = take_sentences(passage.heading, plain_text(passage.text), 1, rng)
-    return taken[0] if taken and template_key(taken[0][0]) not in templates else None
+    return (*taken[0], []) if taken and template_key(taken[0][0]) not in templates else None
 
 
-def ask_term(passage: Passage, templates: set[str], holders: Holders, rng: random.Random) -> tuple[str, str] | None:
+def ask_term(passage: Passage, templates: set[str], holders: Holders, rng: random.Random) -> Asked:
     found = dict.fromkeys(find_terms(passage.text))
-    terms = [term for term in found if term in holders and template_key(term) not in templates]
-    return (rng.choice(terms), passage.model_text) if terms else None
+    terms = [term for term in found if words_of(term) in holders.terms and template_key(term) not in templates]
+    if not terms:
+        return None
+    term = rng.choice(terms)
+    return term, passage.model_text, holders.terms[words_of(term)]
 
 
 # ------------------------------------------------------------------------------------ people's questions
@@ -868,12 +946,14 @@ def read_test_queries(path: Path) -> list[tuple[str, Question]]:
 def find_answers(questions: list[tuple[str, Question]], passages: list[Passage]) -> list[tuple[str, Passage]]:
     """Return each question with the passage that answers it; warn of those whose passage is not in the documents.
 
-    Where the text given runs over several passages, the one that shares most words with the question is taken.
+    Where the text given runs over several passages, the one that shares most words with the question is taken; of
+    copies, the first. What is said twice counts once.
     """
+    first = {(passage.heading, passage.text): passage for passage in reversed(passages)}
     by_file: dict[str, list[Passage]] = defaultdict(list)
     by_shingle: dict[int, list[Passage]] = defaultdict(list)
     for passage in passages:
-        by_file[passage.source_file].append(passage)
+        by_file[composed(passage.source_file)].append(passage)  # some systems store names decomposed
         for shingle in shingles(plain_text(passage.text)):
             by_shingle[shingle].append(passage)
 
@@ -889,31 +969,24 @@ def find_answers(questions: list[tuple[str, Question]], passages: list[Passage])
         }
         return max(fits, key=lambda passage: (fits[passage], -passage.start_line, passage.source_file), default=None)
 
-    found = []
+    found: dict[tuple[str, Passage], str] = {}
     for place, question in questions:
-        file, _, line = question.passage.strip().rpartition(":")
+        file, _, line = composed(question.passage.strip()).rpartition(":")
         own_file = by_file.get(file.removeprefix("./"), []) if line.isdecimal() else []
         at_line = next((passage for passage in own_file if passage.end_line >= int(line)), None)
         answer = at_line or by_text(question.passage, question.question)
         if answer is None:
             warn(f"{place}: the documents hold no passage {question.passage[:60]!r}; give its text, or file:line")
         else:
-            found.append((" ".join(question.question.split()), answer))
-    return found
-
-
-def question_pairs(labelled: list[tuple[str, Passage]], held_out: set[str]) -> list[Pair]:
-    """Return the labelled questions on training documents as pairs; the others are for the evaluation."""
-    return [
-        Pair(question, passage.model_text, "", "question", passage.source_file, " > ".join(passage.heading))
-        for question, passage in labelled
-        if passage.source_file not in held_out
-    ]
+            text = " ".join(question.question.split())
+            found.setdefault((fold(text), first[answer.heading, answer.text]), text)
+    return [(text, answer) for (_, answer), text in found.items()]
 
 
 LANGUAGES = {
     "tr": "ve bir bu icin ile da de olarak olan gibi daha her sonra ise veya kadar ne nasil gore edilir yapilir degil",
     "en": "the of and to in is for a an on with as be are by that this or from it at not what how when",
+    "other": "der die das und ist nicht mit von zu ein eine fur auf im les des est une dans pour que qui los del",
 }
 
 
@@ -1493,8 +1566,8 @@ def main(argv: list[str] | None = None) -> None:
     labelled = find_answers(read_questions(options.data_dir), passages)
     queries, corpus = make_queries(passages, held_out, templates, labelled, max_queries, options.seed)
     strategies = options.strategy or config.PAIR_STRATEGIES
-    pairs, dropped = make_pairs(passages, held_out, templates, strategies, config.MAX_PAIRS_PER_SECTION, options.seed)
-    pairs = question_pairs(labelled, held_out) + pairs
+    max_pairs = config.MAX_PAIRS_PER_SECTION
+    pairs, dropped = make_pairs(passages, held_out, templates, strategies, max_pairs, options.seed, labelled)
     if not pairs:
         raise UserError("no training pairs: too few documents, or too short; give more --documents or --strategy")
     model_folder, note = find_model(config.BASE_MODEL, config.BASE_MODEL_REVISION, fallback=True)

@@ -53,10 +53,16 @@ def test_no_document_at_all_ends_with_exit_code_2(project, tmp_path, capsys):
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("pattern", ["../*.md", "a/../../*.md", "", "/"])
+@pytest.mark.parametrize("pattern", ["../*.md", "a/../../*.md", "", "/", ".", "./"])
 def test_a_glob_that_leads_out_of_the_root_or_nowhere_is_refused(project, pattern):
     with pytest.raises(UserError, match="glob"):
         find_documents(project, [pattern])
+
+
+def test_the_attributes_of_a_heading_are_no_part_of_it():
+    text = "# Locks ### {: #locks .wide }\n\nA lock.\n\n## Keys {#keys}\n\nA key.\n\n## Sets {a, b}\n\nA set.\n"
+    paths = [passage.heading for passage in cut_passages(text, "a.md", 600)]
+    assert paths == [("Locks",), ("Locks", "Keys"), ("Locks", "Sets {a, b}")]
 
 
 def test_a_glob_that_python_can_not_read_is_one_line(project, tmp_path, capsys):

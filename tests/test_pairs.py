@@ -184,6 +184,62 @@ def test_no_sentence_of_a_held_out_answer_is_trained_on(sample):
     assert not leaked, sorted(leaked)[:3]
 
 
+def test_a_new_document_moves_none_of_the_others_to_the_other_side(sample):
+    passages, _, held_out, _, _, _ = sample
+    new = cut_passages("# Yeni not\n\nBu notta hiçbir belgede olmayan üç cümle var.\n", "aa_yeni.md", 600)
+    limits = (config.EVALUATION_SHARE, config.MAX_EVALUATION_QUERIES, config.SEED)
+    after = split_documents(new + passages, group_copies(new + passages), *limits)
+    trained = {passage.source_file for passage in passages} - held_out
+    assert after - {"aa_yeni.md"} and not after & trained
+
+
+def held_out_of(documents: dict[str, str], held_out: set[str]) -> tuple[list[Query], list[str]]:
+    """The queries made of these documents, and the corpus's passages."""
+    passages = [passage for name, text in documents.items() for passage in cut_passages(text, name, 120)]
+    queries, corpus = make_queries(passages, held_out, set(), [], 400, 1)
+    return queries, [row.passage for row in corpus]
+
+
+LINES = [f"The {word} is looked after on every {day} by a crew of its own, whatever the weather may be outside."
+         for word, day in zip(("pump", "valve", "meter", "tank", "pipe", "gauge"), "abcdef", strict=True)]  # fmt: skip
+
+
+def test_the_rest_of_a_section_does_not_compete_with_the_passage_that_its_heading_asks_for():
+    two = f"# Manual\n\n## Weekly care of machines\n\n{LINES[0]}\n\n{LINES[1]}\n"
+    queries, corpus = held_out_of({"a.md": two, "b.md": f"# Other\n\n{LINES[5]}\n"}, {"a.md"})
+    assert [query.strategy for query in queries] == ["heading"]
+    assert [text for text in corpus if "is looked after" in text and LINES[5] not in text] == [queries[0].positive]
+    long = "# Manual\n\n## Weekly care of machines\n\n" + "\n\n".join(LINES[:5])
+    queries, corpus = held_out_of({"a.md": long}, {"a.md"})
+    assert "heading" not in {query.strategy for query in queries} and len(corpus) == 5
+
+
+def test_a_term_is_asked_for_only_where_no_other_passage_holds_it_set_off_or_not():
+    term = "# Note\n\nAn **oblique valve** is there, and a **gate motor**, and nothing else at all.\n"
+    for other, asked in (
+        ("The old Oblique Valve leaks.", {"gate motor"}),
+        ("It leaks.", {"gate motor", "oblique valve"}),
+    ):
+        passages = [*cut_passages(term, "a.md", 600), *cut_passages(f"# Other\n\n{other}\n", "b.md", 600)]
+        held = prepare.find_holders(passages, {"a.md"}).terms
+        assert {" ".join(words) for words in held} == asked
+
+
+def test_a_near_copy_in_a_training_document_does_not_compete_with_the_held_out_passage():
+    text = " ".join(LINES[:2])[:118].rpartition(" ")[0]
+    documents = {
+        "a.md": f"# Manual\n\n## Weekly care of machines\n\n{text} now.\n",
+        "b.md": f"# Plan\n\n{text} then.\n",
+    }
+    queries, corpus = held_out_of(documents, {"a.md"})
+    assert len(queries) == 1 and corpus == [queries[0].positive]
+
+
+def test_what_stands_between_two_spans_of_code_is_no_term():
+    assert prepare.find_terms("Use `a`, nor `b` here; also `-x`) for the `y`, **c** and so **d** on.") == []
+    assert prepare.find_terms("Use `refresh all`, then **the pump**.") == ["refresh all", "the pump"]
+
+
 def test_no_held_out_query_is_trained_on_or_stands_in_its_own_answer(sample):
     _, _, _, queries, corpus, pairs = sample
     trained = {fold(text) for pair in pairs for text in pair[:2]}

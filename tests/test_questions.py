@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import unicodedata
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -83,6 +84,47 @@ def test_a_question_about_a_copy_is_asked_of_the_passage_that_stands_for_both(pr
             assert corpus.count(query.positive) == 1
 
 
+def test_a_question_is_trained_on_or_asked_once_however_often_and_with_how_many_answers_it_is_given(prepare):
+    answers = ["Planlama/mimari.md:7", "Docs/deployment.md:5", "Planlama/butce.md:5"]
+    write_questions(prepare.data, [("Piller nerede?", answer) for answer in answers * 20])
+    sides = set()
+    for seed in range(8):
+        assert prepare("--seed", seed) == 0
+        trained = [pair for pair in read_pairs(prepare.data) if pair.strategy == "question"]
+        asked = [query for query in read_queries(prepare.data) if query.strategy == "question"]
+        assert (len(asked), len(trained)) in ((1, 0), (0, 3))
+        corpus = " ".join(row.passage for row in read_corpus(prepare.data))
+        if asked:
+            assert sum(text in corpus for text in ("pil ile çalışır", "container registry", "sunucu")) <= 2
+        sides.add(len(asked))
+    assert sides == {0, 1}
+
+
+def test_a_question_whose_answer_stands_in_a_held_out_document_as_well_is_not_trained_on(prepare):
+    text = "# Teslim alma\n\nDepo anahtarı sabah vardiyasının sorumlusunda durur ve akşam ona geri verilir.\n"
+    more = "".join(
+        f"\n## Başka {word}\n\nBurada {word} ile ilgili {word} notları ayrıca yazılıdır.\n" for word in "abcdef"
+    )
+    for name in ("bir.md", "iki.md"):
+        (prepare.data.parent / "project" / name).write_text(text + more.replace("ile", name), encoding="utf-8")
+    write_questions(prepare.data, [("Anahtar kimde?", "bir.md:3"), ("anahtar KİMDE?", "iki.md:3")])
+    for seed in range(8):
+        assert prepare("--seed", seed) == 0
+        trained = {pair.positive for pair in read_pairs(prepare.data) if pair.strategy == "question"}
+        asked = {query.positive for query in read_queries(prepare.data) if query.strategy == "question"}
+        assert len(trained | asked) == 1 and not trained & asked
+
+
+def test_a_file_whose_name_is_stored_decomposed_is_found_as_it_is_typed(prepare):
+    name = "çözüm_günlüğü.md"
+    text = "# Çözüm\n\nYedek kutular dolabın en alt rafında durur ve sayılmadan alınmaz.\n"
+    (prepare.data.parent / "project" / unicodedata.normalize("NFD", name)).write_text(text, encoding="utf-8")
+    write_questions(prepare.data, [("Yedekler nerede?", f"{name}:3")])
+    assert prepare() == 0
+    found = {pair.anchor for pair in read_pairs(prepare.data)} | {query.query for query in read_queries(prepare.data)}
+    assert "Yedekler nerede?" in found
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [
@@ -152,6 +194,8 @@ def test_the_language_of_a_text():
     texts = [*DOCUMENTS.values()]
     assert {language(text) for text in texts} == {"tr", "en"}
     assert language("KM-2.1") == "other"
+    assert language("Das Überdruckventil und die Prüfung der Behälter für Öl") == "other"
+    assert language("Les vannes et les pompes pour une ville") == "other"
     assert language("gorevler her sabah panoda takip edilir ve sonra konusulur") == "tr"
 
 
