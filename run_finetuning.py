@@ -315,10 +315,13 @@ def as_row(query: Query, base: int, tuned: int) -> dict:
     return {**query._asdict(), "base_rank": int(base), "fine_tuned_rank": int(tuned)}
 
 
-def queries_needed(differences: np.ndarray) -> int:
-    """Return about how many queries would tell a difference as large as this one from chance (a paired z test)."""
+def queries_needed(differences: np.ndarray) -> int | None:
+    """Return about how many queries would tell a difference as large as this one from chance (a paired z test).
+
+    None: there is no difference.
+    """
     mean, deviation = float(differences.mean()), float(differences.std())
-    return max(MIN_QUERIES, math.ceil((1.96 * deviation / mean) ** 2)) if mean else MIN_QUERIES
+    return max(MIN_QUERIES, math.ceil((1.96 * deviation / mean) ** 2)) if mean else None
 
 
 def print_comparison(result: dict, quiet: bool = False, summary: str = "") -> None:
@@ -343,7 +346,7 @@ def print_comparison(result: dict, quiet: bool = False, summary: str = "") -> No
 def print_details(result: dict) -> None:
     """Print the means, by kind, language and mode, and the queries that gained and lost most."""
     base, tuned = result["base"], result["fine_tuned"]
-    print(f"{'held-out queries':<28}{'base':>10}{'fine-tuned':>12}")
+    print(f"{'':<28}{'base':>10}{'fine-tuned':>12}")
     for name, value in base.items():
         print(f"{name + ' (semantic)':<28}{value:>10.3f}{tuned[name]:>12.3f}")
     for table in ("kind", "language"):
@@ -357,7 +360,7 @@ def print_details(result: dict) -> None:
         for row in rows:
             ranks = " -> ".join(str(row[name] or "beyond 10") for name in ("base_rank", "fine_tuned_rank"))
             print(f"  {words} most: {textwrap.shorten(row['query'], 80, placeholder='…')!r} rank {ranks}")
-    if result["verdict"] in ("unknown", "unchanged"):
+    if result["verdict"] in ("unknown", "unchanged") and result["queries_needed"]:
         needed = f"about {result['queries_needed']:,} would: add documents or questions"
         print(f"{result['queries']} queries can not tell the models apart; {needed}")
 
@@ -424,11 +427,12 @@ FIRST_LETTERS = 4  # what a stem shares with its forms in whatever ending
 LAST_LETTER = "\U0010ffff"  # comes after whatever words begin with
 FUNCTION_WORDS = """
 ne neden nasıl nedir neler nelerdir hangi hangisi kim kimdir kimin kimler kaç nerede nereden nereye niçin niye mi mı mu
-mü midir mıdır mudur müdür ve veya ya da de ile için bir bu şu o olarak olan ama ancak ise ki diye gibi var yok what
+mü midir mıdır mudur ve veya ya da de ile için bir bu şu o olarak olan ama ancak ise ki diye gibi var yok what
 which who whom whose when where why how is are was were be been do does did can could should would will a an the of in
 on at by for with from to and or not it its this that these those
 """
-FUNCTION_STEMS = {fold(word)[:PREFIX_LETTERS] for word in FUNCTION_WORDS.split()}  # answers seldom repeat a question's
+# Answers seldom repeat a question's. They count as typed, with or without Turkish letters: "is" is none of "iş", work.
+FUNCTION_FORMS = {form for word in FUNCTION_WORDS.split() for form in (word, fold(word))} - {"su"}  # water; of "şu"
 
 
 def words_and_names(text: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
@@ -572,6 +576,7 @@ class QueryWord(NamedTuple):
 def query_words(index: Keywords, query: str) -> list[QueryWord]:
     """Return the first MAX_QUERY_WORDS distinct words of a query without its function words, if it has others."""
     words: dict[str, tuple[str, str, int, bool]] = {}
+    function_words: set[str] = set()
     for as_typed, name, parts in words_and_names(query):
         holders = index.holders(name, name) if name else 0
         # A name that the documents hold is one thing, and so is an ID; of other words in one, each may stand alone.
@@ -580,6 +585,8 @@ def query_words(index: Keywords, query: str) -> list[QueryWord]:
             words[name] = (name, "name", holders, as_one)
         for part in parts:
             words.setdefault(part, (*stem_or_beginning(index, part), not as_one))
+            if (part if name else as_typed.replace("İ", "i").lower()) in FUNCTION_FORMS:
+                function_words.add(part)
         if len(words) >= MAX_QUERY_WORDS:
             break
     total = len(index.lengths)
@@ -587,7 +594,7 @@ def query_words(index: Keywords, query: str) -> list[QueryWord]:
         QueryWord(word, term, kind, holders, math.log((total + 1) / (min(holders, total) + 0.5)) if counts else 0.0)
         for word, (term, kind, holders, counts) in words.items()
     ]
-    return [word for word in found if word.term not in FUNCTION_STEMS] or found
+    return [word for word in found if word.word not in function_words] or found
 
 
 def stem_or_beginning(index: Keywords, word: str) -> tuple[str, str, int]:
@@ -616,7 +623,8 @@ def keyword_scores(index: Keywords, words: list[QueryWord], count: int) -> tuple
     """
     rarest = sorted(words, key=lambda word: word.passages)
     postings = itertools.accumulate(word.passages for word in rarest)
-    words = rarest[: max(2, sum(so_far <= MAX_POSTINGS for so_far in postings))]
+    unknown = sum(not word.passages for word in rarest)
+    words = rarest[: max(unknown + 2, sum(so_far <= MAX_POSTINGS for so_far in postings))]
     scores, share, holds = np.zeros((3, len(index.lengths)))
     for number, word in enumerate(words, 1):
         for places, counts, part in index.matches(word):
@@ -1621,8 +1629,8 @@ def settle(
     reason = "known language" if known else None
     if not reason:
         tuned, spread = spread_out(model, judged, watched, pairs, POWER)
-        halves = (judged.ranks(scores)[DECIDING] for scores in (base, tuned))
-        verdict = compare(judged.queries[DECIDING], *halves, False, options.seed)["verdict"]
+        halves = (judged.ranks(scores)[CHOOSING] for scores in (base, tuned))
+        verdict = compare(judged.queries[CHOOSING], *halves, False, options.seed)["verdict"]
         reason = "no clear gain" if verdict in ("unchanged", "unknown") else None
     if reason:
         print(f"staying near the base: {reason}", file=sys.stderr)
@@ -1683,6 +1691,7 @@ def evaluate_questions(options: argparse.Namespace) -> dict:
     right = [(texts[place], answers[texts[place]]) for place in known]
     answered = [Query(text, passage.model_text, "question", passage.source_file) for text, passage in right]
     searched = HeldOut(answered, [CorpusPassage(text, passage.source_file) for text, passage in distinct.items()])
+    warn_of_trained(answered, options.data_dir)
     base, saved, kept_base = load_base_and_saved(options)
     vectors = [searched.vectors(model, texts) for model in (base, saved)]
     scores = [queries @ passages.T for queries, passages in vectors]
@@ -1690,6 +1699,14 @@ def evaluate_questions(options: argparse.Namespace) -> dict:
     for place, text in enumerate(texts) if not options.quiet else ():
         print_side_by_side(text, [own[place] for own in scores], found, answers.get(text))
     return compare(answered, *(searched.ranks(own[known]) for own in scores), kept_base, options.seed)
+
+
+def warn_of_trained(queries: list[Query], data_dir: Path) -> None:
+    """Say how many of a person's queries were trained on: of these, a verdict says little."""
+    with contextlib.suppress(UserError):  # no training data at hand
+        trained = {fold(pair.anchor) for pair in read_pairs(data_dir) if pair.strategy == "question"}
+        if count := sum(fold(query.query) in trained for query in queries):
+            warn(f"{count} of the {len(queries)} queries with an answer are trained on ({data_dir}/training_data.tsv)")
 
 
 def print_side_by_side(query: str, scores: list[np.ndarray], passages: list[Passage], answer: Passage | None) -> None:

@@ -290,6 +290,15 @@ def test_own_queries_are_shown_side_by_side_and_compared_where_the_answer_is_kno
     assert snapshot(installed.parent) == before
 
 
+def test_own_queries_that_were_trained_on_are_counted_in_a_warning(chain, installed, tmp_path, capsys):
+    data = shutil.copytree(chain.data, tmp_path / "data")
+    answer = "The database is dumped every night at two o'clock."
+    write_tsv(data / "training_data.tsv", [Pair("When is it dumped?", answer, "", "question", "a.md")], Pair._fields)
+    lines = f"when is it dumped?\t{answer}\nhow often is it dumped?\t{answer}\n"
+    assert ask_models(chain, installed, tmp_path / "queries.tsv", lines, "--data-dir", data) == 0
+    assert "1 of the 2 queries with an answer are trained on" in capsys.readouterr().err
+
+
 def test_own_queries_without_answers_are_shown_without_a_comparison(chain, installed, tmp_path, capsys):
     assert ask_models(chain, installed, tmp_path / "queries.txt", "\ufeffgece yedeği\r\nwho reviews?\r\n") == 0
     out = capsys.readouterr().out
@@ -593,6 +602,14 @@ def test_gains_of_known_ranks():
     assert table["nDCG@10"] == pytest.approx([1, 1 / np.log2(3), 0.5, 1 / np.log2(11), 0])
     assert table["MRR@10"] == pytest.approx([1, 0.5, 1 / 3, 0.1, 0])
     assert table["Recall@10"].tolist() == [1, 1, 1, 1, 0]
+
+
+def test_where_two_models_find_the_same_no_number_of_queries_is_said_to_tell_them_apart(capsys):
+    ranks = np.array([1, 0] * 40)
+    result = compare(queries_of(80), ranks, ranks, False, 1)
+    assert result["verdict"] == "unchanged" and result["queries_needed"] is None
+    run_finetuning.print_comparison(result)
+    assert "would" not in capsys.readouterr().out
 
 
 def test_the_confidence_interval_holds_the_mean_and_narrows_with_more_queries():

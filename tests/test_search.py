@@ -22,6 +22,7 @@ from conftest import REPOSITORY, error_line, exit_status, run_script, write_docu
 
 import config
 import generate_embeddings
+import run_finetuning
 import semantic_search
 from config import UserError
 from run_finetuning import USUAL_NEARNESS, QueryWord, query_words, relevance, standard_scores
@@ -340,6 +341,31 @@ def test_names_with_an_ending_before_a_stroke_are_marked_where_they_stand(index_
     assert "API'nin/REST'in adresi" in capsys.readouterr().out
     (word,) = (word for word in semantic_search.query_words(index.keywords, "adresi"))
     assert [text[slice(*span)] for span in semantic_search.matches([word], text)] == ["adresi", "adresi"]
+
+
+@pytest.mark.parametrize(
+    ("query", "kept"),
+    [
+        ("su kaybı", ["su", "kaybi"]),
+        ("İş bölümü", ["is", "bolumu"]),
+        ("müdür onayı", ["mudur", "onayi"]),
+        ("shoulder straps", ["shoulder", "straps"]),
+        ("ŞU pompa NEDİR", ["pompa"]),
+        ("what is a pump", ["pump"]),
+        ("nasil calisir", ["calisir"]),
+    ],
+)
+def test_a_word_that_only_looks_like_a_function_word_is_searched(index_of, query, kept):
+    index = index_of({"a.md": "# Su\n\nSu kaybı iş bölümünde müdürün onayıyla ölçülür.\n"})
+    assert [word.word for word in semantic_search.query_words(index.keywords, query)] == kept
+
+
+def test_unknown_words_do_not_hide_a_word_that_very_many_passages_hold(monkeypatch):
+    monkeypatch.setattr(run_finetuning, "MAX_POSTINGS", 50)
+    index = run_finetuning.write_keywords(":memory:", (((), f"proje belge{n}") for n in range(100)))
+    for query in ("proje", "zzgq proje", "zzgq wvxk proje"):
+        words = run_finetuning.query_words(index, query)
+        assert run_finetuning.keyword_scores(index, words, 10)[0], query
 
 
 def test_a_word_behind_a_shortened_article_is_found_and_marked(index_of):
