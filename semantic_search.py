@@ -106,10 +106,12 @@ class Scored(NamedTuple):
 
 
 @functools.cache
-def can_embed(index: Index) -> bool:
-    """Tell whether the index's model is at hand; say it once where it is not."""
+def can_embed(index: Index, index_id: str) -> bool:
+    """Tell whether the index's model is at hand; say it once where it is not. Reopened, an index has another ID."""
     try:
         return index.encoder is not None
+    except Superseded:  # the newer index may have its model
+        raise
     except UserError as error:
         warn(f"searching by words alone: {error}")
         return False
@@ -118,7 +120,7 @@ def can_embed(index: Index) -> bool:
 def score_passages(index: Index, query: str, request: Request) -> Scored:
     """Score the best passages of each arm that the mode uses; without a model, hybrid search goes by words alone."""
     count = min(max(CANDIDATES, 2 * request.top_k), len(index.passages))
-    embeds = request.mode == "semantic" or (request.mode != "keyword" and can_embed(index))
+    embeds = request.mode == "semantic" or (request.mode != "keyword" and can_embed(index, index.header["id"]))
     with ThreadPoolExecutor(1) as pool:  # the query is embedded while its words are looked up
         embedding = pool.submit(index.encoder.encode, [query]) if embeds else None
         words = query_words(index.keywords, query)

@@ -492,6 +492,23 @@ def test_a_missing_model_refuses_semantic_search_alone(index_of, capsys):
         assert printed.err.count("by words alone") == (mode != "keyword")
 
 
+@pytest.mark.parametrize("searched_before", [False, True])
+def test_an_index_renewed_under_an_open_search_with_another_model_embeds_again(index_of, capsys, searched_before):
+    index = index_of(None)
+    moved = (index.folder.parent / "model").rename(index.folder.parent / "moved")
+    request = Request("hybrid", 1, explain=True)
+    if searched_before:
+        assert semantic_search.search(index, "yedek", request)["results"][0]["explain"]["cosine"] is None
+    root = index.header["documents_root"]
+    build = ["--documents-root", root, "--documents", "**/*.md", "--model", moved, "--index-dir", index.folder]
+    assert exit_status(generate_embeddings.main, build) == 0
+    if searched_before:
+        index.reopen()
+    capsys.readouterr()
+    assert semantic_search.search(index, "yedek", request)["results"][0]["explain"]["cosine"] is not None
+    assert capsys.readouterr().err == ""
+
+
 def test_a_query_without_a_known_word_has_the_order_of_its_meaning(ask):
     assert keys_of(ask("xyzzy qwertz")[1]) == keys_of(ask("xyzzy qwertz", "semantic")[1])
 
