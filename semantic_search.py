@@ -55,7 +55,7 @@ import numpy as np
 import config
 from config import UserError, printable, replacing
 from generate_embeddings import Index, Superseded, build_command, load_index
-from prepare_finetuning_data import composed, plain_text, render, sentences, warn
+from prepare_finetuning_data import LIST_MARK, composed, plain_text, render, sentences, warn
 from run_finetuning import (
     CANDIDATES,
     USUAL_NEARNESS,
@@ -376,7 +376,8 @@ def covered_by(index: Index, ranking: dict[int, float], scored: Scored, request:
 def find_entry(index: Index, task: str) -> tuple[dict | None, set[int]]:
     """Return the documents' own entry for a task ID such as KM-2.1 and the places of its passages, if task is one.
 
-    The entry that counts is the longest of those whose heading begins with the ID, then whose line does, then any.
+    The entry that counts is the longest of the sections whose heading begins with the ID; then of the rows and items
+    that do (3), the sections whose heading names it (2), the paragraphs that begin with it (1), what mentions it.
     """
     names = [name for _, name, _ in words_and_names(task)]
     if len(names) != 1 or not names[0] or not any(map(str.isdigit, names[0])):
@@ -384,13 +385,12 @@ def find_entry(index: Index, task: str) -> tuple[dict | None, set[int]]:
     entries = []
     for place in keyword_scores(index.keywords, query_words(index.keywords, task), CANDIDATES)[0]:
         passage = index.passages[place]
-        titles = [depth for depth, title in enumerate(passage["heading"], 1) if first_name(title) == names[0]]
-        if titles:
-            places = section_of(index, place, titles[0])
-            texts = [passage["heading"][titles[0] - 1], *(index.passages[one]["text"] for one in places)]
-            entries.append((2, "\n".join(texts), places))
-        else:
-            entries.append((*lines_about(passage["text"], names[0]), [place]))
+        for depth, title in enumerate(passage["heading"], 1):
+            if holds_name(title, names[0]):
+                places = section_of(index, place, depth)
+                texts = [title, *(index.passages[one]["text"] for one in places)]
+                entries.append((4 if begins_with(title, names[0]) else 2, "\n".join(texts), places))
+        entries.append((*lines_about(passage["text"], names[0]), [place]))
     _, text, places = max(entries, key=lambda entry: (entry[0], len(entry[1])), default=(0, "", []))
     if not text:
         return None, set()
@@ -398,8 +398,14 @@ def find_entry(index: Index, task: str) -> tuple[dict | None, set[int]]:
     return {"source_file": first["source_file"], "start_line": first["start_line"], "text": text}, set(places)
 
 
-def first_name(line: str) -> str:
-    return next((name for _, name, _ in words_and_names(line) if name), "")
+def holds_name(line: str, name: str) -> bool:
+    return any(one == name for _, one, _ in words_and_names(line))
+
+
+def begins_with(line: str, name: str) -> bool:
+    """Tell whether the first word of a line, after its mark and number, is a name."""
+    words = words_and_names(LIST_MARK.sub("", line))
+    return next((one for word, one, _ in words if one == name or not word.isdecimal()), "") == name
 
 
 def section_of(index: Index, place: int, depth: int) -> list[int]:
@@ -414,20 +420,26 @@ def section_of(index: Index, place: int, depth: int) -> list[int]:
 
 
 def lines_about(text: str, name: str) -> tuple[int, str]:
-    """Return 1 and the row or item of a passage that begins with a name, or 0 and the line that mentions it."""
+    """Return the line of a passage that tells most of a name, and before it what find_entry ranks it by."""
     lines = text.split("\n")
-    holding = [number for number, line in enumerate(lines) if name in [one for _, one, _ in words_and_names(line)]]
-    beginning = [number for number in holding if first_name(lines[number]) == name]
-    if not holding:
+    ranks = {number: 0 for number, line in enumerate(lines) if holds_name(line, name)}
+    if not ranks:
         return 0, ""
-    start = (beginning or holding)[0]
-    if lines[start].lstrip().startswith("|"):
-        table = next(number for number in range(len(lines)) if lines[number].lstrip().startswith("|"))
-        return int(bool(beginning)), plain_text("\n".join([*lines[table : table + 2], lines[start]]))
+    for number in ranks:
+        if begins_with(lines[number], name):
+            ranks[number] = 3 if is_row(lines[number]) or LIST_MARK.match(lines[number]) else 1
+    start = max(ranks, key=ranks.get)
+    if is_row(lines[start]):
+        table = next(number for number in range(len(lines)) if is_row(lines[number]))
+        return ranks[start], plain_text("\n".join([*lines[table : table + 2], lines[start]]))
     end = start + 1
-    while beginning and end < len(lines) and indent(lines[end]) > indent(lines[start]):
+    while ranks[start] and end < len(lines) and indent(lines[end]) > indent(lines[start]):
         end += 1
-    return int(bool(beginning)), "\n".join(lines[start:end])
+    return ranks[start], "\n".join(lines[start:end])
+
+
+def is_row(line: str) -> bool:
+    return line.lstrip().startswith("|")
 
 
 def indent(line: str) -> int:
