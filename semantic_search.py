@@ -219,17 +219,24 @@ def make_results(index: Index, ranking: dict[int, float], searches: list[Scored]
         passage = index.passages[place]
         text = passage["text"]
         if text in results:
-            also_in, files = results[text]["also_in"], [passage["source_file"], *passage["also_in"]]
-            also_in += [file for file in files if file != results[text]["source_file"] and file not in also_in]
+            add_place(results[text], passage)
+            continue
+        words = set(text.split())
+        original = next((result for result, others in word_sets if are_near_copies(words, others)), None)
+        if original:
+            original["near_copies"].append(f"{passage['source_file']}:{passage['start_line']}")
         elif len(results) < request.top_k:
-            words = set(text.split())
-            original = next((result for result, others in word_sets if are_near_copies(words, others)), None)
-            if original:
-                original["near_copies"].append(f"{passage['source_file']}:{passage['start_line']}")
-                continue
             results[text] = make_result(index, place, len(results) + 1, score, searches, request)
             word_sets.append((results[text], words))
     return list(results.values())
+
+
+def add_place(result: dict, passage: dict) -> None:
+    """Add to a result where else its text stands: other files to also_in, more places in one file to near_copies."""
+    named = [result["source_file"], *result["also_in"]]
+    if passage["source_file"] in named:
+        result["near_copies"].append(f"{passage['source_file']}:{passage['start_line']}")
+    result["also_in"] += [file for file in [passage["source_file"], *passage["also_in"]] if file not in named]
 
 
 def are_near_copies(words: set[str], others: set[str], min_shared: float = 0.8) -> bool:
@@ -658,16 +665,30 @@ def compare(index: Index, other: Index, query: str, request: Request) -> dict:
     """Return the answer of one index with the other's, each result with its rank in the other's first 50 or None."""
     deeper = request._replace(top_k=max(request.top_k, SEARCHED_DEEPER))
     answer, second = (search(one, query, deeper) for one in (index, other))
-    ranks = [{result["id"]: result["rank"] for result in one["results"]} for one in (answer, second)]
-    for one, others in ((answer, ranks[1]), (second, ranks[0])):
-        one["results"] = [
-            result | {"other_rank": others.get(result["id"])} for result in one["results"][: request.top_k]
-        ]
+    lists = answer["results"], second["results"]
+    for one, others in ((answer, lists[1]), (second, lists[0])):
+        one["results"] = with_other_ranks(one["results"][: request.top_k], others)
     if "documents" in answer:
         answer["documents"] = by_document(answer["results"])
     return answer | {
         "other": {"index_dir": str(other.folder), "relevant": second["relevant"], "results": second["results"]}
     }
+
+
+def with_other_ranks(results: list[dict], others: list[dict]) -> list[dict]:
+    """Return results with the rank of the first of the others that has the same text, or a near-copy of it."""
+    word_sets = [(other, set(other["text"].split())) for other in others]
+    ranks = {other["text"]: other["rank"] for other in others}
+    found = []
+    for result in results:
+        words, copies = set(result["text"].split()), set(result["near_copies"])
+        near = (
+            other["rank"]
+            for other, its_words in word_sets
+            if are_near_copies(words, its_words) or not copies.isdisjoint(other["near_copies"])
+        )
+        found.append(result | {"other_rank": ranks.get(result["text"]) or next(near, None)})
+    return found
 
 
 def print_comparison(console, index: Index, answer: dict, words: list[QueryWord]) -> None:
@@ -693,9 +714,8 @@ def print_comparison(console, index: Index, answer: dict, words: list[QueryWord]
     if not answer["relevant"]:
         print("nothing relevant found on the left")
     same = sum((result["other_rank"] or math.inf) <= len(columns[1]) for result in answer["results"])
-    print(
-        f"{same} in both lists, {len(columns[0]) - same} only on the left, {len(columns[1]) - same} only on the right"
-    )
+    right = sum((result["other_rank"] or math.inf) > len(columns[0]) for result in answer["other"]["results"])
+    print(f"{same} in both lists, {len(columns[0]) - same} only on the left, {right} only on the right")
 
 
 def move(result: dict) -> str:

@@ -522,6 +522,15 @@ def test_near_copies_are_one_result_but_rows_that_differ_by_a_number_are_not(ind
     assert [len(result["near_copies"]) for result in results if result["source_file"] in ("a.md", "b.md")] == [1]
 
 
+def test_all_places_of_a_text_and_its_near_copies_are_named_though_the_list_is_full(index_of):
+    text = "Kapaklar her bahar kırmızıya boyanır, numaralanır, sayılır ve depodaki {} rafa sırayla dizilir.\n"
+    documents = {"a.md": f"# A\n\n{text.format('üst')}\n## B\n\n{text.format('üst')}"}
+    index = index_of(documents | {"b.md": f"# C\n\n{text.format('alt')}", "c.md": "# D\n\nKapaklar.\n"})
+    (result,) = semantic_search.search(index, "üst kapaklar boyanır", Request("keyword", 1))["results"]
+    places = [f"{result['source_file']}:{result['start_line']}", *result["near_copies"]]
+    assert sorted(places) == ["a.md:3", "a.md:7", "b.md:3"] and result["also_in"] == []
+
+
 def test_context_gives_the_passages_around(ask):
     result = ask("Yedek parça payı", "keyword", 1, "--context", 1)[1][0]
     assert [passage["chunk_index"] - result["chunk_index"] for passage in result["context"]] == [-1, 1]
@@ -609,6 +618,23 @@ def test_two_indexes_are_compared_by_rank(chain, index_of, capsys):
     assert exit_status(semantic_search.main, arguments) == 0
     printed = capsys.readouterr().out
     assert "only here" in printed and "in both lists" in printed
+
+
+def test_a_text_under_another_heading_and_a_near_copy_are_in_both_lists(index_of, chain, tmp_path):
+    text = "Kapaklar her bahar kırmızıya boyanır, numaralanır, sayılır ve depodaki {} rafa sırayla dizilir.\n"
+    index = index_of({"a.md": f"# Kapak\n\n{text.format('üst')}", "b.md": "# Depo\n\nDepodaki raflar boyanır.\n"})
+    documents = {"a.md": f"# Kapak\n\n{text.format('alt')}", "b.md": "# Raf\n\nDepodaki raflar boyanır.\n"}
+    root = write_documents(tmp_path / "other", documents | {"c.md": "# Boya\n\nBoyalar depodaki rafta.\n"})
+    arguments = ["--documents-root", root, "--documents", "*.md", "--model", chain.model, "--index-dir", tmp_path / "i"]
+    assert exit_status(generate_embeddings.main, arguments) == 0
+    other = generate_embeddings.load_index(tmp_path / "i")
+    answer = semantic_search.compare(index, other, "depodaki kapaklar boyanır", Request("keyword", 5))
+    ranks = {result["source_file"]: result["rank"] for result in answer["other"]["results"]}
+    assert {one["source_file"]: one["other_rank"] for one in answer["results"]} == {
+        n: ranks[n] for n in ("a.md", "b.md")
+    }
+    only = [result["source_file"] for result in answer["other"]["results"] if result["other_rank"] is None]
+    assert only == ["c.md"]
 
 
 # ---------------------------------------------------------------------------------------------- odd queries
