@@ -48,7 +48,7 @@ import textwrap
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 
@@ -782,8 +782,11 @@ def answer_query(index: Index, query: str, request: Request, options: argparse.N
 load_other = functools.cache(load_index)
 
 
-def prompt(index: Index, request: Request, options: argparse.Namespace) -> bool:
-    """Answer line by line until an empty line or Ctrl-D; tell whether anything relevant was found."""
+def prompt(index: Index, request: Request, options: argparse.Namespace, errors: TextIO | None = None) -> bool:
+    """Answer line by line until an empty line or Ctrl-D; tell whether anything relevant was found.
+
+    errors: where errors are printed, by default stderr, which --quiet silences.
+    """
     found, results = False, []
     remember_lines(index.folder / ".search-history")
     while True:
@@ -804,7 +807,7 @@ def prompt(index: Index, request: Request, options: argparse.Namespace) -> bool:
                 answer = answer_query(index, line, request, options)
                 found, results = found or answer["relevant"], answer["results"]
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=errors or sys.stderr)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
 
@@ -892,6 +895,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the script with these arguments, by default the command line's; return the exit status."""
     options = build_parser().parse_args(argv)
+    errors = sys.stderr
     config.set_verbosity(options)
     if options.top_k < 1:
         raise UserError(f"--top-k {options.top_k} is too low; the least is 1")
@@ -918,7 +922,7 @@ def main(argv: list[str] | None = None) -> int:
     elif options.query:
         found = answer_query(index, " ".join(options.query), request, options)["relevant"]
     elif sys.stdin.isatty():
-        found = prompt(index, request, options)
+        found = prompt(index, request, options, errors)
     else:
         answers = [answer_query(index, line, request, options)["relevant"] for line in piped]
         found = any(answers)

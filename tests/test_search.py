@@ -886,11 +886,11 @@ def read_until(terminal: int, wanted: bytes, seconds: float = 60) -> bytes:
     return seen
 
 
-def at_the_prompt(chain, lines: list[str], ending: str = "\n", **environment) -> str:
+def at_the_prompt(chain, lines: list[str], ending: str = "\n", options: tuple[str, ...] = (), **environment) -> str:
     """Return what a terminal shows when lines are typed at the prompt, each after the answer to the one before."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, REPOSITORY / "semantic_search.py", "--mode", "keyword", "--index-dir", chain.index],
+        [sys.executable, REPOSITORY / "semantic_search.py", "--mode", "keyword", "--index-dir", chain.index, *options],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
@@ -928,6 +928,11 @@ def test_commands_of_the_prompt_change_how_it_searches_and_open_a_result(chain, 
     opened = (tmp_path / "opened").read_text()
     assert opened.startswith("['+") and str(chain.documents) in opened
     assert "bütçe" in (chain.index / ".search-history").read_text(encoding="utf-8")
+
+
+def test_a_quiet_prompt_still_tells_what_was_wrong(chain):
+    seen = at_the_prompt(chain, [":mode magic", "bütçe"], options=("-q",))
+    assert seen.count("error: ") == 1 and "is no command" in seen and "Planlama/butce.md" in seen
 
 
 def test_colour_marks_the_words_on_a_terminal_unless_no_color_is_set(chain):
