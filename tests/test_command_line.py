@@ -1,5 +1,7 @@
 """The options of the four scripts, and what they do when they are called wrongly."""
 
+import os
+import pty
 import re
 import subprocess
 import sys
@@ -84,9 +86,15 @@ def test_every_setting_of_config_is_read_by_a_script():
     assert not {name for name in settings if f"config.{name}" not in sources}
 
 
-def run_main(code: str) -> subprocess.CompletedProcess:
+def run_main(code: str, **environment) -> subprocess.CompletedProcess:
     code = f"import config, os, signal, sys\ndef main():\n    {code}\nconfig.run(main)"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=REPOSITORY)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        encoding="utf-8",
+        cwd=REPOSITORY,
+        env=os.environ | environment,
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,6 +132,23 @@ def test_a_stream_that_the_shell_closed_is_no_fault(redirection, tmp_path):
     done = subprocess.run(script, shell=True, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr
     assert read_pairs(tmp_path / "data") and read_corpus(tmp_path / "data")
+
+
+@pytest.mark.parametrize("encoding", ["cp1254", "iso-8859-9", "ascii", "cp1254:strict"])
+def test_what_is_printed_into_a_pipe_is_utf8(encoding):
+    code = "print('ş → ▲ 漏'); print('ş ▲', file=sys.stderr)"
+    done = run_main(code, PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ş → ▲ 漏\n", "ş ▲\n")
+
+
+def test_what_a_terminal_can_not_show_is_replaced():
+    ours, theirs = pty.openpty()
+    code = "import config\nconfig.run(lambda: print('ç ▲'))"
+    environment = os.environ | {"PYTHONIOENCODING": "cp1254"}
+    done = subprocess.run([sys.executable, "-c", code], stdout=theirs, cwd=REPOSITORY, env=environment)
+    os.close(theirs)
+    assert done.returncode == 0 and os.read(ours, 100).split() == ["ç".encode("cp1254"), b"?"]
+    os.close(ours)
 
 
 def test_a_folder_that_may_not_be_written_is_one_line(project, tmp_path):
