@@ -55,7 +55,7 @@ import numpy as np
 import config
 from config import UserError, printable, replacing
 from generate_embeddings import Index, Superseded, build_command, load_index
-from prepare_finetuning_data import LIST_MARK, composed, plain_text, render, sentences, warn
+from prepare_finetuning_data import LIST_MARK, TABLE_RULE, composed, plain_text, render, sentences, warn
 from run_finetuning import (
     CANDIDATES,
     USUAL_NEARNESS,
@@ -354,9 +354,10 @@ def without(ranking: dict[int, float], places: set[int]) -> dict[int, float]:
 def split_needs(task: str) -> list[str]:
     """Cut a task description at its lines, sentence ends and semicolons, short pieces joined to the one before."""
     pieces: list[str] = []
-    for line in task.splitlines():
-        clauses = (re.split(r"(?<=;)\s+", sentence) for sentence in sentences(plain_text(line)))
-        for piece in itertools.chain.from_iterable(clauses):
+    for part in split_lines(task):
+        text = plain_text(part)
+        clauses = (re.split(r"(?<=;)\s+", sentence) for sentence in sentences(text))
+        for piece in [text] if text and is_row(part) else itertools.chain.from_iterable(clauses):
             if pieces and len(piece.split()) < 3:
                 pieces[-1] += " " + piece
             else:
@@ -366,6 +367,35 @@ def split_needs(task: str) -> list[str]:
             f"only the first {MAX_NEEDS} of the task's {len(pieces)} needs are searched; give the others by themselves"
         )
     return pieces[:MAX_NEEDS] or [task]
+
+
+def split_lines(text: str) -> list[str]:
+    """Return the lines of a text: those that a sentence was wrapped into as one, each row under its table's header."""
+    parts, header, lines = [""], "", text.splitlines()
+    for line, following in itertools.zip_longest(lines, lines[1:], fillvalue=""):
+        if "|" in line and "|" in following and TABLE_RULE.fullmatch(following):
+            header = f"{line}\n{following}\n"
+        elif "|" in line and header:
+            parts += [header + line] * (not TABLE_RULE.fullmatch(line))
+        else:
+            header = ""
+            if goes_on(parts[-1], line):
+                parts[-1] += f"\n{line}"
+            else:
+                parts.append(line)
+    return parts
+
+
+def goes_on(before: str, line: str) -> bool:
+    """Tell whether a line goes on with the sentence before it; lines that all begin small are items without marks."""
+    end = before.rstrip("*_`\"'”)] \t")[-1:]
+    if LIST_MARK.match(line) or not begins_small(line) or not (end.isalnum() or end == ","):
+        return False
+    return bool(LIST_MARK.match(before)) or not (begins_small(before) or before.lstrip().startswith("#"))
+
+
+def begins_small(line: str) -> bool:
+    return line.lstrip(" \t*_`\"'“(")[:1].islower()
 
 
 def covered_by(index: Index, ranking: dict[int, float], scored: Scored, request: Request) -> list[dict]:

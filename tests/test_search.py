@@ -208,6 +208,32 @@ def test_a_task_is_split_at_lines_sentence_ends_and_semicolons_with_short_pieces
     ]
 
 
+def test_a_sentence_wrapped_into_lines_is_one_need_and_lines_without_marks_are_one_each():
+    wrapped = "Raporu baştan sona incele ve\nmimari açıdan değerlendir. Sonra\nherkese gönder.\nBütçeyi yeniden onaylat"
+    assert split_needs(wrapped) == [
+        "Raporu baştan sona incele ve mimari açıdan değerlendir.",
+        "Sonra herkese gönder.",
+        "Bütçeyi yeniden onaylat",
+    ]
+    items = ["raporu baştan sona incele", "testleri hemen yaz", "bütçeyi yeniden onaylat"]
+    assert split_needs("\n".join(items)) == items
+    assert split_needs("- " + "\n  ve sonra\n- ".join(items)) == [
+        f"{items[0]} ve sonra",
+        f"{items[1]} ve sonra",
+        items[2],
+    ]
+
+
+def test_each_row_of_a_table_is_one_need_and_its_header_is_none():
+    table = "| Görev ID | Görev |\n|---|:-:|\n| KM-1 | Vanayı kapat; bekle. Sonra aç |\n| KM-2 | Debiyi ölç |"
+    assert split_needs(f"Yarına kadar bitecekler:\n\n{table}\n\nRaporu herkese gönder") == [
+        "Yarına kadar bitecekler:",
+        "Görev ID: KM-1; Görev: Vanayı kapat; bekle. Sonra aç",
+        "Görev ID: KM-2; Görev: Debiyi ölç",
+        "Raporu herkese gönder",
+    ]
+
+
 def test_standard_scores_have_mean_0_and_deviation_1_and_equal_ones_are_0():
     scores = standard_scores({1: 1.0, 2: 2.0, 3: 3.0})
     assert sum(scores.values()) == pytest.approx(0)
