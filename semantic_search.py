@@ -315,7 +315,7 @@ def assist(index: Index, task: str, request: Request) -> dict:
     entry, own_places = find_entry(index, task)
     text = entry["text"] if entry else task
     needs = split_needs(text)
-    whole = score_passages(index, text, request)
+    whole = score_passages(index, plain_text(text) if entry else text, request)
     by_need = [score_passages(index, need, request) for need in needs] if len(needs) > 1 else [whole]
     ranking = whole.ranking
     if len(needs) >= 4:  # two or three sentences are one need more often than not
@@ -413,8 +413,8 @@ def covered_by(index: Index, ranking: dict[int, float], scored: Scored, request:
 def find_entry(index: Index, task: str) -> tuple[dict | None, set[int]]:
     """Return the documents' own entry for a task ID such as KM-2.1 and the places of its passages, if task is one.
 
-    The entry that counts is the longest of the sections whose heading begins with the ID; then of the rows and items
-    that do (3), the sections whose heading names it (2), the paragraphs that begin with it (1), what mentions it.
+    The entry that counts is the longest of the sections whose heading begins with the ID (4), then of those whose
+    heading names it first (3), the rows and items that begin with it (2), the paragraphs that do (1), what mentions it.
     """
     names = [name for _, name, _ in words_and_names(task)]
     if len(names) != 1 or not names[0] or not any(map(str.isdigit, names[0])):
@@ -423,10 +423,10 @@ def find_entry(index: Index, task: str) -> tuple[dict | None, set[int]]:
     for place in keyword_scores(index.keywords, query_words(index.keywords, task), CANDIDATES)[0]:
         passage = index.passages[place]
         for depth, title in enumerate(passage["heading"], 1):
-            if holds_name(title, names[0]):
+            if first_name(title) == names[0]:
                 places = section_of(index, place, depth)
                 texts = [title, *(index.passages[one]["text"] for one in places)]
-                entries.append((4 if begins_with(title, names[0]) else 2, "\n".join(texts), places))
+                entries.append((4 if begins_with(title, names[0]) else 3, "\n".join(texts), places))
         entries.append((*lines_about(passage["text"], names[0]), [place]))
     _, text, places = max(entries, key=lambda entry: (entry[0], len(entry[1])), default=(0, "", []))
     if not text:
@@ -435,8 +435,8 @@ def find_entry(index: Index, task: str) -> tuple[dict | None, set[int]]:
     return {"source_file": first["source_file"], "start_line": first["start_line"], "text": text}, set(places)
 
 
-def holds_name(line: str, name: str) -> bool:
-    return any(one == name for _, one, _ in words_and_names(line))
+def first_name(line: str) -> str:
+    return next((name for _, name, _ in words_and_names(line) if name), "")
 
 
 def begins_with(line: str, name: str) -> bool:
@@ -459,16 +459,17 @@ def section_of(index: Index, place: int, depth: int) -> list[int]:
 def lines_about(text: str, name: str) -> tuple[int, str]:
     """Return the line of a passage that tells most of a name, and before it what find_entry ranks it by."""
     lines = text.split("\n")
-    ranks = {number: 0 for number, line in enumerate(lines) if holds_name(line, name)}
+    names = [[one for _, one, _ in words_and_names(line)] for line in lines]
+    ranks = {number: 0 for number, own in enumerate(names) if name in own}
     if not ranks:
         return 0, ""
     for number in ranks:
         if begins_with(lines[number], name):
-            ranks[number] = 3 if is_row(lines[number]) or LIST_MARK.match(lines[number]) else 1
+            ranks[number] = 2 if is_row(lines[number]) or LIST_MARK.match(lines[number]) else 1
     start = max(ranks, key=ranks.get)
     if is_row(lines[start]):
         table = next(number for number in range(len(lines)) if is_row(lines[number]))
-        return ranks[start], plain_text("\n".join([*lines[table : table + 2], lines[start]]))
+        return ranks[start], "\n".join([*lines[table : table + 2], lines[start]])
     end = start + 1
     while ranks[start] and end < len(lines) and indent(lines[end]) > indent(lines[start]):
         end += 1
