@@ -390,10 +390,14 @@ def search_figures(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, seed: i
 def language_share(judged: HeldOut, base: np.ndarray) -> float | None:
     """Return how much the base finds, terms aside, of what words find for the queries that choose; None for nothing.
 
-    It tells how well the base knows the documents' language. base: its similarities.
+    It tells how well the base knows the documents' language: of several, the one that most passages are in, for few
+    queries can not tell how a mixture is mixed. base: its similarities.
     """
+    languages = Counter(language(text) for text in judged.passages)
+    main = max(sorted(languages), key=languages.get, default="")
     by_base, by_words = (gains(judged.ranks(scores))["nDCG@10"] for scores in (base, judged.keyword_matrix()))
-    worded = [place for place in range(len(judged.queries))[CHOOSING] if judged.queries[place].strategy != "term"]
+    choosing = [(place, judged.queries[place]) for place in range(len(judged.queries))[CHOOSING]]
+    worded = [place for place, one in choosing if one.strategy != "term" and language(one.positive) == main]
     found = by_words[worded].sum()
     return float(by_base[worded].sum() / found) if found else None
 

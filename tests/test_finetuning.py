@@ -820,6 +820,16 @@ def test_meaning_weighs_the_more_the_more_the_base_finds_of_what_words_find(monk
     assert run_finetuning.language_share(nothing, np.zeros((0, size))) is None
 
 
+def test_how_well_the_base_knows_the_language_is_told_by_the_main_one(monkeypatch):
+    texts = [f"the valve {i} is opened" if i % 4 == 1 else f"{i} numaralı vana açılır ve kapanır" for i in range(80)]
+    queries = [Query(f"query {i}", text, "sentence", "a.md") for i, text in enumerate(texts)]
+    judged = HeldOut(queries, [CorpusPassage(text, "a.md") for text in texts])
+    english = np.array([text.startswith("the") for text in texts])
+    monkeypatch.setattr(HeldOut, "keyword_matrix", lambda self: np.eye(80))
+    assert run_finetuning.language_share(judged, np.where(english[:, None], np.eye(80), 1 - np.eye(80))) == 0
+    assert run_finetuning.language_share(judged, np.where(english[:, None], 1 - np.eye(80), np.eye(80))) == 1
+
+
 def test_an_answer_that_is_not_in_the_corpus_is_an_error():
     with pytest.raises(UserError, match=r"corpus\.tsv"):
         HeldOut(queries_of(2), [CorpusPassage("answer 0", "a.md")])
