@@ -198,7 +198,8 @@ def run(main: Callable[[], int | None]) -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
     for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
-        if hasattr(stream, "reconfigure"):  # on a Turkish Windows a pipe has an encoding that lacks most characters
+        with contextlib.suppress(AttributeError, OSError):  # one that stands in for it, or was made over to a pipe
+            # On a Turkish Windows a pipe has an encoding that lacks most characters.
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors=errors)
     try:
         with contextlib.redirect_stderr(sys.stderr):  # errors are shown with --quiet too
