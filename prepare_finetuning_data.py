@@ -153,6 +153,10 @@ def fold(text: str) -> str:
     return DIACRITICS.sub("", unicodedata.normalize("NFKD", text.translate(TURKISH_LETTERS).lower()))
 
 
+def words_of(text: str) -> tuple[str, ...]:
+    return tuple(WORD.findall(fold(text)))
+
+
 def plain_text(markdown: str) -> str:
     """Return Markdown without its marks: list items become sentences, a table row "Header: cell; Header: cell."."""
     units: list[str] = []
@@ -391,7 +395,7 @@ def merge(group: list[Block]) -> Block:
 
 def shingles(text: str, width: int = 5) -> set[int]:
     """Hashes of all runs of `width` words: texts that share many are near-copies (Broder, 1997)."""
-    words = WORD.findall(fold(text))
+    words = words_of(text)
     runs = (" ".join(words[start : start + width]) for start in range(max(1, len(words) - width + 1)))
     return {zlib.crc32(run.encode()) for run in runs} if words else set()
 
@@ -418,6 +422,11 @@ def group_copies(passages: list[Passage], min_shared: float = 0.3) -> dict[str, 
             low, high = sorted((root(first), root(second)))
             family[high] = low
     return {source_file: root(source_file) for source_file in documents}
+
+
+def first_copies(passages: list[Passage]) -> dict[tuple[tuple[str, ...], str], Passage]:
+    """Return the first passage of each heading path and text, the last of them first."""
+    return {(passage.heading, passage.text): passage for passage in reversed(passages)}
 
 
 def template_key(text: str) -> str:
@@ -756,23 +765,23 @@ def make_queries(
 ) -> tuple[list[Query], list[CorpusPassage]]:
     """Make queries out of held-out passages, as people search, by turns of three kinds; return them and the corpus.
 
-    heading: the heading of the passage; sentence: a sentence out of it; term: an ID, code name or set-off term that few
-    passages hold, all of them held out. People's labelled questions come first. A heading or sentence is taken out of
-    its passage in the corpus; near-copies of a passage that is asked for, and other right answers (the rest of a
-    heading's section, other holders of a term), are left out of it, so that a query finds neither itself nor a second
-    answer.
+    heading: that of the passage; sentence: one out of it; term: an ID, code name or set-off term that few passages
+    hold, all of them held out. People's labelled questions come first. So that a query finds neither itself nor a
+    second answer, a heading or sentence is taken out of its passage in the corpus, and near-copies and other right
+    answers (the rest of a heading's section, other holders of a term) are left out of it.
     """
     rng = random.Random(seed)
-    distinct = list({(passage.heading, passage.text): passage for passage in reversed(passages)}.values())[::-1]
+    distinct = list(first_copies(passages).values())[::-1]
     queries: list[Query] = []
     in_corpus: dict[Passage, str | None] = {}
     asked: set[str] = set()
     asked_shingles: set[int] = set()
 
-    def asks(kind: str, query: str, passage: Passage, positive: str, answers: list[Passage]) -> bool:
-        """Take up the query unless it is there already or another of its answers is that of one before."""
+    def asks(passage: Passage, kind: str, query: str, positive: str, answers: list[Passage]) -> bool:
+        """Take up the query unless it is there already or its answers clash with those of one before."""
         others = [other for other in answers if other is not passage]
-        if fold(query) in asked or any(in_corpus.get(other) for other in others):
+        clash = in_corpus.get(passage, positive) != positive or any(in_corpus.get(other) for other in others)
+        if clash or fold(query) in asked:
             return False
         queries.append(Query(query, positive, kind, passage.source_file))
         in_corpus.update(dict.fromkeys(others) | {passage: positive})
@@ -781,16 +790,14 @@ def make_queries(
         return True
 
     for question, answers in labelled_answers(labelled, held_out):
-        positive = " ".join(answers[0].model_text.split())
-        if len(queries) < max_queries / 2 and in_corpus.get(answers[0], positive) == positive:
-            asks("question", question, answers[0], positive, answers)
+        if len(queries) < max_queries / 2:
+            asks(answers[0], "question", question, " ".join(answers[0].model_text.split()), answers)
     drawn = [passage for passage in distinct if passage.source_file in held_out]
     rng.shuffle(drawn)
     holders = find_holders(distinct, held_out)
     for passage in drawn:
         if len(queries) < max_queries and passage not in in_corpus and not is_near(passage, asked_shingles):
-            made = ask(passage, len(queries), templates, holders, rng)
-            any(asks(kind, query, passage, positive, answers) for kind, query, positive, answers in made)
+            any(asks(passage, *one) for one in ask(passage, len(queries), templates, holders, rng))
     in_corpus |= dict.fromkeys(one for one in distinct if one not in in_corpus and is_near(one, asked_shingles))
     return queries, make_corpus(distinct, in_corpus)
 
@@ -847,10 +854,6 @@ def find_holders(distinct: list[Passage], held_out: set[str]) -> Holders:
     return Holders(few, headings)
 
 
-def words_of(text: str) -> tuple[str, ...]:
-    return tuple(WORD.findall(fold(text)))
-
-
 Asked = tuple[str, str, list[Passage]] | None  # the query, what stands in the corpus, all passages that answer
 
 
@@ -879,6 +882,7 @@ def ask_sentence(passage: Passage, templates: set[str], holders: Holders, rng: r
 
 
 def ask_term(passage: Passage, templates: set[str], holders: Holders, rng: random.Random) -> Asked:
+    """Ask for one of the passage's terms that few passages hold."""
     found = dict.fromkeys(find_terms(passage.text))
     terms = [term for term in found if words_of(term) in holders.terms and template_key(term) not in templates]
     if not terms:
@@ -949,7 +953,7 @@ def find_answers(questions: list[tuple[str, Question]], passages: list[Passage])
     Where the text given runs over several passages, the one that shares most words with the question is taken; of
     copies, the first. What is said twice counts once.
     """
-    first = {(passage.heading, passage.text): passage for passage in reversed(passages)}
+    first = first_copies(passages)
     by_file: dict[str, list[Passage]] = defaultdict(list)
     by_shingle: dict[int, list[Passage]] = defaultdict(list)
     for passage in passages:
@@ -961,9 +965,9 @@ def find_answers(questions: list[tuple[str, Question]], passages: list[Passage])
         """Return the passage that holds most of the text or lies in it, of several that with most of the question."""
         own = shingles(plain_text(text))
         shared = Counter(passage for shingle in own for passage in by_shingle.get(shingle, []))
-        words = {word[:6] for word in WORD.findall(fold(question))}
+        words = {word[:6] for word in words_of(question)}
         fits = {
-            passage: (sum(word[:6] in words for word in WORD.findall(fold(passage.model_text))), count)
+            passage: (sum(word[:6] in words for word in words_of(passage.model_text)), count)
             for passage, count in shared.items()
             if count >= 0.6 * min(len(own), len(shingles(plain_text(passage.text))))
         }
@@ -992,7 +996,7 @@ LANGUAGES = {
 
 def language(text: str) -> str:
     """Return "tr", "en" or "other", whichever the most frequent function words of a text say."""
-    words = Counter(WORD.findall(fold(text)))
+    words = Counter(words_of(text))
     scores = {name: sum(words[word] for word in listed.split()) for name, listed in LANGUAGES.items()}
     scores["tr"] += len(re.findall("[çğışöüÇĞİŞÖÜ]", text)) / 3
     best = max(scores, key=lambda name: scores[name])
@@ -1433,7 +1437,7 @@ def pick_examples(pairs: list[Pair], strategy: str, seed: int, count: int = 10) 
     own = [pair for pair in pairs if pair.strategy == strategy]
 
     def shared_words(pair: Pair) -> tuple[float, int]:
-        anchor, positive = ({word[:6] for word in WORD.findall(fold(text))} for text in pair[:2])
+        anchor, positive = ({word[:6] for word in words_of(text)} for text in pair[:2])
         return len(anchor & positive) / max(1, len(anchor)), len(pair.anchor) + len(pair.positive)
 
     return {

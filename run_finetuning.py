@@ -875,9 +875,30 @@ def train(
         the history: dicts with step, loss and nDCG@10; and the number of steps.
     """
     from datasets import Dataset
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    steps = len(batches) // processes()
+    # The card's example, set here lest the trainer draw its own and print about it.
+    model.model_card_data.widget = [{"source_sentence": columns["anchor"][0], "sentences": columns["positive"][:3]}]
+    trainer = trainer_of(batches)(
+        model,
+        training_arguments(options, steps, bool(watched.queries), model.device.type),
+        Dataset.from_dict(columns),
+        loss=make_loss(options.loss, model, processes()),
+        evaluator=watcher(watched, workspace(options.model_dir) / "best.json") if watched.queries else None,
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(progress_callback(steps, deadline))
+    checkpoint = last_checkpoint(workspace(options.model_dir))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return history_of(trainer.state.log_history), trainer.state.global_step
+
+
+def trainer_of(batches: list[list[int]]) -> type:
+    """Return the library's trainer as a class that trains on these batches in their order."""
     from sentence_transformers import SentenceTransformerTrainer
     from sentence_transformers.base.sampler import DefaultBatchSampler
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     class PlannedBatches(DefaultBatchSampler):
         def __iter__(self):
@@ -892,22 +913,7 @@ def train(
             sampler.batch_size = None  # accelerate would drop those that are shorter
             return sampler
 
-    steps = len(batches) // processes()
-    # The card's example, set here lest the trainer draw its own and print about it.
-    model.model_card_data.widget = [{"source_sentence": columns["anchor"][0], "sentences": columns["positive"][:3]}]
-    trainer = Trainer(
-        model,
-        training_arguments(options, steps, bool(watched.queries), model.device.type),
-        Dataset.from_dict(columns),
-        loss=make_loss(options.loss, model, processes()),
-        evaluator=watcher(watched, workspace(options.model_dir) / "best.json") if watched.queries else None,
-    )
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(progress_callback(steps, deadline))
-    checkpoint = last_checkpoint(workspace(options.model_dir))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return history_of(trainer.state.log_history), trainer.state.global_step
+    return Trainer
 
 
 def training_arguments(options: argparse.Namespace, steps: int, watching: bool, device: str):
