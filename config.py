@@ -79,16 +79,20 @@ MIN_RELEVANCE = 0.5  # below it "nothing relevant found"; 0 shows whatever is ne
 
 # ------------------------------------------------------------------------------ nothing to edit below
 
+DOCUMENTS_ROOT, INDEX_DIR = Path(DOCUMENTS_ROOT).expanduser(), Path(INDEX_DIR).expanduser()
+FINE_TUNING_DATA_DIR = Path(FINE_TUNING_DATA_DIR).expanduser()
+FINE_TUNED_MODEL_DIR = Path(FINE_TUNED_MODEL_DIR).expanduser()
+
 
 class UserError(Exception):
     """A mistake that the person at the keyboard can mend: one line that names it and the way out."""
 
 
-def check_number(name: str, least: int) -> None:
-    """Have a setting of this file be a whole number from `least` up."""
+def check_number(name: str, least: int, kind: type = int) -> None:
+    """Have a setting of this file be a number from `least` up, a whole one unless kind is float."""
     value = globals()[name]
-    if not isinstance(value, int) or value < least:
-        raise UserError(f"config.{name} is {value!r}; set it to a whole number, {least} or more")
+    if not isinstance(value, int | kind) or value < least:
+        raise UserError(f"config.{name} is {value!r}; set it to a {'whole ' * (kind is int)}number, {least} or more")
 
 
 def add_verbosity(parser: argparse.ArgumentParser) -> None:

@@ -33,6 +33,7 @@ import os
 import posixpath
 import random
 import re
+import shlex
 import sys
 import textwrap
 import unicodedata
@@ -58,6 +59,8 @@ def find_documents(documents_root: Path, patterns: list[str]) -> list[Path]:
     Raises:
         UserError: the root is no folder, or nothing matches.
     """
+    if isinstance(patterns, str):
+        raise UserError(f"config.TARGET_DOCUMENTS is no list; write [{patterns!r}]")
     if not documents_root.is_dir():
         raise UserError(f"{documents_root} is no folder; set DOCUMENTS_ROOT in config.py or give --documents-root")
     root = documents_root.resolve()
@@ -68,16 +71,27 @@ def find_documents(documents_root: Path, patterns: list[str]) -> list[Path]:
             raise UserError(f"--documents {pattern!r} must be a glob below {documents_root}, such as '**/*.md'")
         try:
             relative.encode()
-            found_now = list(root.glob(relative))
+            documents = {path for path in matches(root, relative) if is_document(path, root)}
         except ValueError as error:
             raise UserError(f"--documents {pattern!r}: {error}") from None
-        matches = {path for path in found_now if is_document(path, root)}
-        if not matches:
+        if not documents:
             warn(f"no document matches {pattern!r} in {documents_root} (config.TARGET_DOCUMENTS or --documents)")
-        found |= matches
+        found |= documents
     if not found:
         raise UserError(f"no documents in {documents_root}; set TARGET_DOCUMENTS in config.py or give --documents")
     return sorted(found)
+
+
+def matches(root: Path, pattern: str) -> set[Path]:
+    """Return what a glob finds below root, composed or not (NFC, NFD); installed packages only where it names them.
+
+    Raises:
+        ValueError: it is no glob.
+    """
+    written = dict.fromkeys((pattern, composed(pattern), unicodedata.normalize("NFD", pattern)))
+    found = {path for form in written for path in root.glob(form)}
+    installed = {"node_modules", "site-packages"}.difference(Path(pattern).parts)
+    return {path for path in found if installed.isdisjoint(path.relative_to(root).parts)}
 
 
 def is_document(path: Path, root: Path) -> bool:
@@ -98,7 +112,8 @@ def read_document(path: Path, max_mb: float) -> str | None:
         warn(f"{path}: the file's name is not UTF-8, skipped; rename it")
         return None
     except UnicodeDecodeError as error:
-        warn(f"{path}: not UTF-8 at byte {error.start}, skipped; try: iconv -f WINDOWS-1254 -t UTF-8 {path.name}")
+        command = f"iconv -f WINDOWS-1254 -t UTF-8 {shlex.quote(str(path))}"
+        warn(f"{path}: not UTF-8 at byte {error.start}, skipped; try: {command}")
         return None
     except OSError as error:
         warn(f"{path}: {error.strerror}, skipped")
@@ -1557,6 +1572,7 @@ def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
     config.set_verbosity(options)
     config.check_number("MAX_PASSAGE_CHARS", 50)
+    config.check_number("MAX_DOCUMENT_MB", 0, float)
     if bool(options.question_endpoint) != bool(options.question_model):
         raise UserError("--question-endpoint URL and --question-model NAME, a model of that server, go together")
     paths = find_documents(options.documents_root, options.documents or config.TARGET_DOCUMENTS)

@@ -46,6 +46,27 @@ def test_a_glob_without_a_match_is_named_in_a_warning_and_the_rest_goes_on(proje
     assert "Yok/*.md" in line
 
 
+def test_documents_of_installed_packages_are_taken_only_where_a_glob_names_their_folder(project):
+    ours = find_documents(project, ["**/*.md"])
+    for folder in ("node_modules/left-pad", ".venv/lib/site-packages/numpy", ".management"):
+        (project / folder).mkdir(parents=True)
+        (project / folder / "README.md").write_text("# Read me\n\nInstalled.\n", encoding="utf-8")
+    found = find_documents(project, ["**/*.md"])
+    assert set(found) - set(ours) == {project.resolve() / ".management" / "README.md"}
+    assert len(find_documents(project, ["node_modules/**/*.md"])) == 1
+
+
+def test_a_glob_finds_names_that_macos_has_decomposed(project):
+    name = unicodedata.normalize("NFD", "Görevler.md")
+    (project / name).write_text("# Görevler\n\nBir görev.\n", encoding="utf-8")
+    assert [path.name for path in find_documents(project, ["Gö*.md"])] == [name]
+
+
+def test_a_string_in_the_place_of_the_list_of_globs_is_one_line(project):
+    with pytest.raises(UserError, match=r"TARGET_DOCUMENTS.*\['\*\*/\*\.md'\]"):
+        find_documents(project, "**/*.md")
+
+
 def test_no_document_at_all_ends_with_exit_code_2(project, tmp_path, capsys):
     arguments = ["--documents-root", project, "--documents", "yok/*.md", "--data-dir", tmp_path / "data"]
     assert exit_status(prepare.main, arguments) == 2
