@@ -61,6 +61,7 @@ from prepare_finetuning_data import (
     find_documents,
     find_model,
     is_document,
+    matches,
     read_document,
     sha256_of,
     text_for_model,
@@ -120,7 +121,8 @@ def distinct_passages(
 
 def add_passage(records: dict[str, dict], passage: Passage, order: dict[str, int]) -> None:
     """Add a passage to the records by hash; the first document that has it is its source, the others its also_in."""
-    digest = hashlib.sha256("\n".join([*passage.heading, passage.text]).encode()).hexdigest()[:32]
+    identity = [passage.heading, passage.text, passage.model_text]  # the last: as this version of the scripts cuts it
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     own = {
         "id": digest[:16],
         "source_file": passage.source_file,
@@ -159,7 +161,11 @@ def prepare_encoder(folder: Path, fingerprint: str, index_dir: Path) -> dict:
             remove(temporary / "README.md")  # in a folder of documents it would be one
         remove(previous(folder))
     files = {name: size_and_checksum(folder / name) for name in ENCODER_FILES if (folder / name).exists()}
-    return {"folder": os.path.relpath(folder.resolve(), index_dir.resolve()), "files": files}
+    try:
+        place = os.path.relpath(folder.resolve(), index_dir.resolve())
+    except ValueError:  # on two drives of Windows
+        place = str(folder.resolve())
+    return {"folder": place, "files": files}
 
 
 def size_and_checksum(path: Path) -> list:
@@ -468,7 +474,12 @@ def commit(index_dir: Path, header: dict, records: list[dict], vectors: np.ndarr
 def prune(index_dir: Path, backups: int) -> None:
     """Remove, of the names that this script gives, all that neither the index nor its kept backups use."""
     used: set[str] = set()
-    for path, header in readable_indexes(index_dir)[: 1 + backups]:
+    usable = [
+        (path, header)
+        for path, header in readable_indexes(index_dir)
+        if all(has_size(index_dir / name, size) for name, size, _ in header["files"].values())
+    ]
+    for path, header in usable[: 1 + backups]:
         used.add(path.name)
         used |= {name for name, *_ in header["files"].values()} | {Path(header["model"]["folder"]).name}
     patterns = (f"metadata-{ID}.json", f"embeddings-{ID}.index", f"keywords-{ID}.sqlite", f"encoder-{FINGERPRINT}")
@@ -477,6 +488,10 @@ def prune(index_dir: Path, backups: int) -> None:
     for path in sorted(path for pattern in (*patterns, *temporaries) for path in index_dir.glob(pattern)):
         if path.name not in used:
             remove(path)
+
+
+def has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def backup_files(index_dir: Path) -> list[Path]:
@@ -495,27 +510,29 @@ def readable_indexes(index_dir: Path) -> list[tuple[Path, dict]]:
 
 
 def restore(index_dir: Path) -> dict:
-    """Make the newest backup whose files are whole the current index; return its header.
+    """Make the newest backup whose files and model are whole the current index; return its header.
 
     A backup with the current index's id is what a run leaves that was killed just before its commit.
     """
-    current = None
+    current, known = None, [header for _, header in readable_indexes(index_dir)]
     with contextlib.suppress(UserError):
         current = whole_header(index_dir, index_dir / METADATA)["id"]
     for path in backup_files(index_dir):
         try:
             header = whole_header(index_dir, path)
+            if header["id"] == current:
+                remove(path)
+                continue
+            load_encoder(header, index_dir)
         except UserError as error:
-            print(f"warning: backup {path.name} can not be used: {error}", file=sys.stderr)
-            continue
-        if header["id"] == current:
-            remove(path)
+            warn(f"backup {path.name} can not be used: {str(error).split(';')[0]}")
             continue
         path.replace(index_dir / METADATA)
         sync(index_dir)
         prune(index_dir, len(backup_files(index_dir)))
         return header
-    raise UserError(f"{index_dir} holds no usable backup; run {build_command(index_dir)} to build the index anew")
+    command = build_command(index_dir, known[0] if known else None)
+    raise UserError(f"{index_dir} holds no usable backup; run {command} to build the index anew")
 
 
 # --------------------------------------------------------------------------------- the index on disk, read
@@ -585,13 +602,19 @@ def open_metadata(path: Path, whole: bool) -> tuple[dict, bytes]:
             if header.get("format") != FORMAT:
                 found = f"{path} has format {header.get('format')}, not {FORMAT}"
                 raise UserError(f"{found}; run {build_command(path.parent, header)} to build it anew")
-            if header.get("header_checksum") != f"{zlib.crc32(second):08x}":
+            if header.get("header_checksum") != f"{zlib.crc32(second):08x}" or not names_own_files(header):
                 raise UserError(damaged(path))
             return header, first + second + file.read() if whole else first + second
     except FileNotFoundError:
         raise UserError(f"no index in {path.parent}; run {build_command(path.parent)} first") from None
     except ValueError:
         raise UserError(damaged(path)) from None
+
+
+def names_own_files(header: dict) -> bool:
+    """Tell whether all files that a header names lie in its folder: somebody else may have made it."""
+    names = [f"metadata-{header['id']}.json", *(name for name, *_ in header["files"].values())]
+    return all(Path(name).name == name for name in names)
 
 
 def whole_header(index_dir: Path, path: Path) -> dict:
@@ -615,12 +638,12 @@ def build_command(index_dir: Path, header: dict | None = None) -> str:
     header, usual = header or {}, build_parser().parse_args([])
     words = ["python", "generate_embeddings.py"]
     root, globs = header.get("documents_root"), header.get("globs")
-    if root and root != str(usual.documents_root.resolve()):
+    if root and root != str(usual.documents_root.resolve()) and Path(root).is_dir():  # it may have been moved
         words += ["--documents-root", root]
     if globs and globs != wanted_globs(config.TARGET_DOCUMENTS):
         words += [word for glob in globs for word in ("--documents", glob)]
     model = header.get("model", {}).get("name", usual.model)
-    if model != usual.model:
+    if model != usual.model and (Path(model).exists() or not Path(model).is_absolute()):
         words += ["--model", model]
     return command_for(shlex.join(words), "--index-dir", index_dir, usual.index_dir)
 
@@ -677,7 +700,12 @@ class Index:
         import faiss
 
         faiss.omp_set_num_threads(1)  # one query gains nothing by more, and threads that wait for work take the cores
-        return self.open_part("embeddings", lambda path: faiss.read_index(str(path)))
+
+        def opener(path: Path):
+            with path.open("rb") as file:  # FAISS itself can not open "dizin_ğ" on Windows
+                return faiss.read_index(faiss.PyCallbackIOReader(file.read))
+
+        return self.open_part("embeddings", opener)
 
     @functools.cached_property
     def sample_vectors(self) -> np.ndarray:
@@ -708,7 +736,7 @@ class Index:
             return []
         found: set[str] = set()
         with contextlib.suppress(OSError):  # a folder that vanishes meanwhile: what else is new is told next time
-            found = {path.relative_to(root).as_posix() for glob in self.header["globs"] for path in root.glob(glob)}
+            found = {path.relative_to(root).as_posix() for glob in self.header["globs"] for path in matches(root, glob)}
         added = [name for name in sorted(found - known.keys()) if can_be_indexed(root / name, root)]
         return added + [name for name, state in known.items() if file_changed(root / name, state)]
 
@@ -729,7 +757,7 @@ def list_backups(index_dir: Path) -> None:
     """Print the index and its backups, newest first: date, passages, size, model."""
     indexes = readable_indexes(index_dir)
     try:
-        read_header(index_dir / METADATA)
+        whole_header(index_dir, index_dir / METADATA)
     except UserError as error:
         if not indexes:
             raise
@@ -737,12 +765,19 @@ def list_backups(index_dir: Path) -> None:
     for path, header in indexes:
         megabytes = (sum(length for _, length, _ in header["files"].values()) + path.stat().st_size) / 1e6
         count, model = header["passage_count"], header["model"]["name"]
-        print(f"{header['created']}  {count:>8,} passages  {megabytes:>8.1f} MB  {model}")
+        line = f"{header['created']}  {count:>8,} passages  {megabytes:>8.1f} MB  {model}"
+        print(config.printable(line))
 
 
 def file_state(path: Path) -> list:
     """Return [bytes, modified in ns, SHA-256] of a file."""
     return [path.stat().st_size, path.stat().st_mtime_ns, sha256_of(path)]
+
+
+def is_untouched(path: Path, state: list) -> bool:
+    with contextlib.suppress(OSError):
+        return [path.stat().st_size, path.stat().st_mtime_ns] == state[:2]
+    return False
 
 
 def file_changed(path: Path, state: list) -> bool:
@@ -835,7 +870,8 @@ def build(index_dir: Path, wanted: dict, source: Path, backups: int, device: str
 
     wanted: what the header of metadata.json is to say; source: the model's folder.
     """
-    model = wanted["model"] = wanted["model"] | prepare_encoder(source, wanted["model"]["fingerprint"], index_dir)
+    fingerprint = wanted["model"]["fingerprint"]
+    model = wanted["model"] = wanted["model"] | prepare_encoder(source, fingerprint, index_dir)
     known, kept, documents_before = {}, [], {}
     with contextlib.suppress(UserError):
         before = load_index(index_dir)
@@ -845,8 +881,14 @@ def build(index_dir: Path, wanted: dict, source: Path, backups: int, device: str
         del before
     root, limits = Path(wanted["documents_root"]), (wanted["max_passage_chars"], wanted["max_document_mb"])
     records = distinct_passages(root, wanted["documents"], kept, documents_before, *limits)
+    # What changed while it was read is left out of the record, so that the next run reads it again.
+    wanted["documents"] = {
+        name: state for name, state in wanted["documents"].items() if is_untouched(root / name, state)
+    }
     vectors, embedded = embed(records, known, model, source, index_dir, device)
     known.clear()  # a million vectors are 1.5 GB: none is to be held twice while FAISS makes its own copy
+    if model_fingerprint(source) != fingerprint:
+        raise UserError(f"{source} was changed meanwhile; run again")
     commit(index_dir, wanted, records, vectors, backups)
     return len(records), embedded
 
@@ -884,14 +926,17 @@ def main(argv: list[str] | None = None) -> int:
     index_dir, started = options.index_dir, time.perf_counter()
     config.check_number("INDEX_BACKUPS", 0)
     config.check_number("MAX_PASSAGE_CHARS", 50)
+    config.check_number("MAX_DOCUMENT_MB", 0, float)
     if (options.list_backups or options.restore) and not is_first_process():
         return 0
     if options.list_backups:
         list_backups(index_dir)
         return 0
     if options.restore:
+        if not index_dir.is_dir():
+            raise UserError(f"no index in {index_dir}; run {build_command(index_dir)} first")
         with locked(index_dir):
-            print(f"restored the index of {restore(index_dir)['created']} in {index_dir}")
+            print(config.printable(f"restored the index of {restore(index_dir)['created']} in {index_dir}"))
         return 0
     with joined_processes() as rank:
         if rank:

@@ -28,8 +28,8 @@ from conftest import (
 import config
 import generate_embeddings
 import semantic_search
-from generate_embeddings import load_index
-from prepare_finetuning_data import text_for_model
+from generate_embeddings import embed, load_index
+from prepare_finetuning_data import read_document, text_for_model
 from run_finetuning import keyword_terms, write_keywords
 
 MODES = ["semantic", "keyword", "hybrid", "task"]
@@ -73,6 +73,10 @@ def snapshot(folder: Path) -> dict[str, str]:
 def the_file(built, pattern: str) -> Path:
     (path,) = built.index.glob(pattern)
     return path
+
+
+def latest(built) -> str:
+    return load_index(built.index).header["files"]["embeddings"][0]
 
 
 def flip_byte(path: Path, place: float) -> None:
@@ -178,6 +182,60 @@ def test_a_document_that_is_only_touched_leaves_the_index_current(built):
     path = built.project / "Planlama" / "butce.md"
     path.write_bytes(path.read_bytes())
     assert "is current" in built.build()[1].out
+
+
+def test_headings_and_texts_that_join_to_the_same_words_are_two_passages(built):
+    text = "# Plan\n\nRelease\nDone by Friday.\n\n## Release\n\nDone by Friday.\n"
+    (built.project / "plan.md").write_text(text, encoding="utf-8")
+    assert built.build()[0] == 0
+    found = [one for one in load_index(built.index).passages if one["source_file"] == "plan.md"]
+    assert [(one["heading"], one["start_line"]) for one in found] == [(["Plan"], 3), (["Plan", "Release"], 8)]
+
+
+def test_passages_that_the_scripts_read_otherwise_than_before_are_embedded_again(built, monkeypatch):
+    monkeypatch.setattr(generate_embeddings, "scripts_digest", lambda: "of a later version")
+    status, printed = built.build()
+    assert status == 0 and embedded(printed) == 0
+    monkeypatch.setattr(generate_embeddings, "scripts_digest", lambda: "of one more")
+    monkeypatch.setattr("prepare_finetuning_data.plain_text", lambda markdown: markdown.replace("*", ""))
+    status, printed = built.build()
+    assert status == 0 and embedded(printed) > 0
+
+
+def test_a_document_that_changes_while_it_is_read_is_read_again_by_the_next_run(built, monkeypatch):
+    path = built.project / "Planlama" / "butce.md"
+    change(built)
+
+    def read_in_the_middle_of_a_change(document, max_mb):
+        change(built, old="Dokuz", new="Onbir")
+        text = read_document(document, max_mb)
+        change(built, old="Onbir", new="Dokuz")
+        return text
+
+    monkeypatch.setattr(generate_embeddings, "read_document", read_in_the_middle_of_a_change)
+    assert built.build()[0] == 0
+    monkeypatch.undo()
+    assert "Dokuz" in path.read_text(encoding="utf-8")
+    assert built.build()[0] == 0
+    found = built.search("yüz algılayıcı ihalede")[1]
+    assert any("Dokuz" in one["text"] for one in found) and not any("Onbir" in one["text"] for one in found)
+    assert "is current" in built.build()[1].out
+
+
+def test_a_model_that_is_swapped_while_documents_are_embedded_ends_the_build(built, monkeypatch):
+    change(built)
+    before = snapshot(built.index)
+
+    def swapped(*arguments):
+        with config.replacing(built.model) as temporary:
+            shutil.copytree(built.model, temporary)
+            flip_byte(temporary / "model.safetensors", 0.5)
+        return embed(*arguments)
+
+    monkeypatch.setattr(generate_embeddings, "embed", swapped)
+    status, printed = built.build()
+    assert status == 2 and "was changed meanwhile" in error_line(printed.err)
+    assert {name: before[name] for name in before if name != ".lock-holder"}.items() <= snapshot(built.index).items()
 
 
 def test_a_moved_paragraph_keeps_its_vector_and_gets_its_new_lines(built):
@@ -398,6 +456,68 @@ def test_restore_passes_over_a_damaged_backup(built):
     assert any("Sekiz" in one["text"] for one in built.search("yüz algılayıcı ihalede")[1])
 
 
+def test_restore_passes_over_a_backup_whose_model_is_gone(built, tiny_model):
+    before = snapshot(built.model)
+    for _ in range(2):  # the second time, the first model is not there beside it any more
+        with config.replacing(built.model) as temporary:
+            shutil.copytree(tiny_model, temporary)
+    assert before.keys() != snapshot(built.model).keys()
+    assert built.build()[0] == 0
+    current = snapshot(built.index)
+    status, printed = built.manage("--restore")
+    assert status == 2 and "is gone or has changed" in printed.err and "--restore" not in printed.err
+    assert snapshot(built.index) == current
+    assert built.search("bütçe", "semantic")[0] == 0
+
+
+def test_a_backup_that_lacks_a_file_takes_no_good_ones_place(built, monkeypatch):
+    monkeypatch.setattr(config, "INDEX_BACKUPS", 2)
+    for old, new in (("Sekiz", "Dokuz"), ("Dokuz", "Onbir")):
+        change(built, old=old, new=new)
+        assert built.build()[0] == 0
+    max(one for one in built.index.glob("embeddings-*") if one.name != latest(built)).unlink()
+    change(built, old="Onbir", new="Oniki")
+    assert built.build()[0] == 0
+    for wanted in ("Onbir", "Sekiz"):
+        assert built.manage("--restore")[0] == 0
+        assert any(wanted in one["text"] for one in built.search("yüz algılayıcı ihalede")[1])
+
+
+def test_restore_without_a_backup_names_the_command_for_the_same_documents(built, tmp_path):
+    status, printed = built.manage("--restore")
+    line = error_line(printed.err)
+    assert status == 2 and f"--documents-root {built.project}" in line and f"--model {built.model}" in line
+    nowhere = tmp_path / "nowhere"
+    assert exit_status(generate_embeddings.main, ["--index-dir", nowhere, "--restore"]) == 2
+    assert not nowhere.exists()
+
+
+def test_an_index_that_names_files_of_other_folders_is_refused(built, tmp_path):
+    theirs = tmp_path / "theirs.json"
+    theirs.write_text("{}", encoding="utf-8")
+    (built.index / "metadata-x").mkdir()
+    current = built.index / "metadata.json"
+    header, passages = generate_embeddings.read_metadata(current)
+    header |= {"id": "x/../../theirs"}
+    del header["checksum"], header["header_checksum"], header["passages"]
+    generate_embeddings.write_metadata(current, header, list(passages))
+    status, line = built.search("bütçe")
+    assert status == 2 and "damaged" in line
+    change(built)
+    assert built.build()[0] == 0
+    assert theirs.read_text(encoding="utf-8") == "{}"
+
+
+def test_what_an_index_says_of_itself_does_not_steer_the_terminal(built):
+    current = built.index / "metadata.json"
+    header, passages = generate_embeddings.read_metadata(current)
+    header["model"]["name"] = "evil\x1b]0;title\x07"
+    del header["checksum"], header["header_checksum"], header["passages"]
+    generate_embeddings.write_metadata(current, header, list(passages))
+    status, printed = built.manage("--list-backups")
+    assert status == 0 and "evil" in printed.out and "\x1b" not in printed.out
+
+
 def test_backups_are_listed_where_the_index_itself_is_damaged(built):
     change(built)
     assert built.build()[0] == 0
@@ -595,7 +715,8 @@ def test_a_copy_left_by_a_kill_before_the_commit_is_no_step_back(built):
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("INDEX_BACKUPS", -1), ("INDEX_BACKUPS", None), ("MAX_PASSAGE_CHARS", 0)]
+    ("setting", "value"),
+    [("INDEX_BACKUPS", -1), ("INDEX_BACKUPS", None), ("MAX_PASSAGE_CHARS", 0), ("MAX_DOCUMENT_MB", "20")],
 )
 def test_a_setting_that_makes_no_sense_is_one_line_and_changes_nothing(built, monkeypatch, setting, value):
     change(built)
