@@ -880,8 +880,12 @@ def open_in_editor(index: Index, result: dict) -> None:
         raise UserError(f"EDITOR can not be read ({error}); set it anew, for example: export EDITOR=nano") from None
     if not editor:
         raise UserError("EDITOR is not set; set it, for example: export EDITOR=nano")
-    path, line = openable(index, result["source_file"]), result["start_line"]
-    place = ["--goto", f"{path}:{line}"] if Path(editor[0]).stem in ("code", "codium", "cursor") else [f"+{line}", path]
+    path, line = Path(index.header["documents_root"]) / result["source_file"], int(result["start_line"])
+    if not path.is_file():
+        raise UserError(f"{path} is gone; run {build_command(index.folder, index.header)}")
+    # The path is absolute: to an editor, a file whose name begins with "+" or "-" would be a command.
+    is_code = Path(editor[0]).stem in ("code", "codium", "cursor")
+    place = ["--goto", f"{path}:{line}"] if is_code else [f"+{line}", str(path)]
     try:
         subprocess.run([*editor, *place], check=False)
     except OSError as error:

@@ -1,5 +1,6 @@
 """Searching: the answers, the command line, the prompt, and the functions that people import."""
 
+import ast
 import contextlib
 import json
 import math
@@ -16,6 +17,7 @@ import sys
 import time
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY, error_line, exit_status, run_script, write_documents
@@ -954,6 +956,18 @@ def test_commands_of_the_prompt_change_how_it_searches_and_open_a_result(chain, 
     opened = (tmp_path / "opened").read_text()
     assert opened.startswith("['+") and str(chain.documents) in opened
     assert "bütçe" in (chain.index / ".search-history").read_text(encoding="utf-8")
+
+
+def test_a_document_named_like_a_command_of_an_editor_is_opened_as_a_file(index_of, tmp_path):
+    editor = tmp_path / "editor.py"
+    editor.write_text(f"import sys\nopen({str(tmp_path / 'opened')!r}, 'w').write(repr(sys.argv[1:]))")
+    index = index_of({"+!true .md": "# Bütçe\n\nBütçe yılda bir kez, kasım ayında yazılır.\n"})
+    seen = at_the_prompt(SimpleNamespace(index=index.folder), ["bütçe", ":open 1"], EDITOR=f"{sys.executable} {editor}")
+    line, path = ast.literal_eval((tmp_path / "opened").read_text())
+    assert line == "+3" and Path(path).is_absolute() and path.endswith("+!true .md")
+    Path(path).unlink()
+    seen = at_the_prompt(SimpleNamespace(index=index.folder), ["bütçe", ":open 1"], EDITOR=f"{sys.executable} {editor}")
+    assert "is gone; run python generate_embeddings.py" in " ".join(seen.split())
 
 
 def test_a_quiet_prompt_still_tells_what_was_wrong(chain):
