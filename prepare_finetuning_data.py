@@ -124,7 +124,7 @@ def read_document(path: Path, max_mb: float) -> str | None:
     if not text.strip():
         warn(f"{path}: empty, skipped")
         return None
-    return composed(text.replace("\r\n", "\n").replace("\r", "\n"))
+    return composed(IMAGE_DATA.sub("data:", text.replace("\r\n", "\n").replace("\r", "\n")))
 
 
 def composed(text: str) -> str:
@@ -151,14 +151,22 @@ HTML_TAG = re.compile(  # a comment begins anew at each "<!--", lest many that n
     r"tbody|td|th|thead|tr|u|ul)\b[^<>]*>",
     re.I | re.S,
 )
-LINK = re.compile(r"!?\[([^\]\[]*)\]\([^()\s]*(?:\s[^()]*)?\)")
+LINK = re.compile(r"!?\[((?:[^\]\[]|\[[^\]\[]*\](?!\())*)\]\([^()\s]*(?:\s[^()]*)?\)")
 LINK_TARGET = re.compile(r"(?<!!)\[([^\]\[]+)\]\(<?([^()\s>]+)")
 DEFINED = re.compile(r"^\s*(?:[-*+]\s+)?\*\*([^*\n]{3,60}?)\s*(?::\*\*|\*\*\s*[:–—])(?=(?:\s+\S+){5})", re.M)
 SET_OFF = re.compile(r"\*\*([^*\n]+)\*\*|`([^`\n]+)`")
 CODE_NAME = re.compile(
-    r"(?<![\w-])(?![^\W\d_A-Z]{3,}\.\d)(?=[\w./#-]*[A-Za-z])(?=[\w./#-]*(?:\d|[a-z][A-Z]|\w[-_/]\w))[\w#][\w./#-]{3,39}(?<![./-])"
+    r"(?<![\w-])(?![^\W\d_A-Z]{3,}\.\d)(?=[\w./#-]*[A-Za-z])"
+    r"(?=[\w./#-]*(?:\d|[a-z][A-Z]|\w_\w|\w[-/]\w+[-/.]\w))[\w#][\w./#-]{3,39}(?<![./-])"  # not "and/or"
 )
-EMPHASIS = re.compile(r"\*+(?=[\w\"'(\[`])|(?<=[\w.!?:;,)\"'\]%…])\*+|(?<!\w)_+|_+(?!\w)")
+EMPHASIS = re.compile(  # the stars of "2*3" and "2**10" are none
+    r"(?<!\*)(?!(?<=\d)\*+\d)(?:\*+(?=[\w\"'(\[`])|(?<=[\w.!?:;,)\"'\]%…])\*+)|(?<!\w)_+|_+(?!\w)"
+)
+CODE = re.compile(r"^[ \t]*(```+|~~~+).*?(?:^[ \t]*\1|\Z)|(`+)[^`\n]+?\2", re.M | re.S)
+MARKS_IN_CODE = str.maketrans("<>*_", "\ue000\ue001\ue002\ue003")  # stand-ins of Unicode's private use area
+MARKS_AGAIN = str.maketrans("\ue000\ue001\ue002\ue003", "<>*_")
+IMAGE_DATA = re.compile(r"data:[\w/+.-]+;base64,[A-Za-z0-9+/=]+")
+CONTENTS_LINE = re.compile(r"\s*(?:[-*+]|\d+[.)])\s+\[.*\]\(#[^\s)]*\)\s*")  # of a table of contents
 SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[^\W_a-zçğıöşü])")
 ABBREVIATION = re.compile(r"\b(?:vb|vs|örn|bkz|dr|prof|doç|av|no|nr|yy|md|mrs?|ms|e\.g|i\.e|cf|fig|\d{1,2})\.$", re.I)
 
@@ -176,12 +184,15 @@ def plain_text(markdown: str) -> str:
     """Return Markdown without its marks: list items become sentences, a table row "Header: cell; Header: cell."."""
     units: list[str] = []
     header: list[str] = []
-    lines = HTML_TAG.sub(" ", markdown).split("\n")
+    shielded = CODE.sub(lambda code: code[0].translate(MARKS_IN_CODE), markdown)
+    lines = HTML_TAG.sub(" ", shielded).split("\n")
     for line, following in itertools.zip_longest(lines, lines[1:], fillvalue=""):
         if "|" in line and "|" in following and TABLE_RULE.fullmatch(following):
             header = table_cells(line)
         elif "|" in line and header:
-            if not TABLE_RULE.fullmatch(line):
+            if TABLE_RULE.fullmatch(line):
+                units += [] if "|" in following else ["; ".join(filter(None, header))]  # a header alone, as a box
+            else:
                 cells = itertools.zip_longest(header, table_cells(line), fillvalue="")
                 units.append("; ".join(f"{name}: {cell}" if name else cell for name, cell in cells if cell))
         else:
@@ -190,8 +201,8 @@ def plain_text(markdown: str) -> str:
                 units.append(OTHER_MARK.sub("", LIST_MARK.sub("", line)))
             else:
                 units[-1] += " " + OTHER_MARK.sub("", line)
-    bare = (LINK.sub(r"\1", unit).replace("`", "") for unit in units)
-    plain = [" ".join(EMPHASIS.sub("", unit).split()) for unit in bare]
+    bare = (LINK.sub(r"\1", LINK.sub(r"\1", unit)).replace("`", "") for unit in units)  # twice: a link on an image
+    plain = [" ".join(EMPHASIS.sub("", unit).translate(MARKS_AGAIN).split()) for unit in bare]
     kept = [unit for unit in plain if unit]
     if len(kept) < 2:
         return "".join(kept)
@@ -295,7 +306,7 @@ def markdown_parser():
 
     # Indented code is off: real task lists are indented below headings and would all become code. So are link
     # definitions: "[KM-1]: done" is text to most people.
-    return MarkdownIt("commonmark").enable("table").disable(["code", "reference", "inline"])
+    return MarkdownIt("commonmark", {"maxNesting": 200}).enable("table").disable(["code", "reference", "inline"])
 
 
 def cut_sections(text: str, max_chars: int) -> Iterator[list[Block]]:
@@ -303,13 +314,14 @@ def cut_sections(text: str, max_chars: int) -> Iterator[list[Block]]:
     from markdown_it.tree import SyntaxTreeNode
 
     front_matter = re.match(r"---\n\w[\w-]*:.*\n(?:\w[\w-]*:.*\n|[ \t#-].*\n|\n)*?(?:---|\.\.\.)[ \t]*(?:\n|\Z)", text)
+    front_matter = front_matter or re.match(r"\+\+\+\n(?:.*\n)*?\+\+\+[ \t]*(?:\n|\Z)", text)  # TOML
     if front_matter:
         text = "\n" * front_matter[0].count("\n") + text[front_matter.end() :]
     lines = text.split("\n")
     path: list[tuple[int, str]] = []
     blocks: list[Block] = []
     for node in SyntaxTreeNode(markdown_parser().parse(text)).children:
-        if node.type == "heading" and not is_underlined_paragraph(node):
+        if node.type == "heading" and is_heading(node, lines):
             if blocks:
                 yield blocks
             blocks = []
@@ -318,16 +330,31 @@ def cut_sections(text: str, max_chars: int) -> Iterator[list[Block]]:
             path = [(depth, name) for depth, name in path if depth < level]
             if title:
                 path.append((level, title))
-        elif node.type != "hr":
+        elif node.type != "hr" and not tells_nothing(node, lines):
             pieces = cut_node(node, lines, tuple(name for _, name in path), max_chars)
             blocks += [merge(group) for group in pack(pieces, max_chars)]
     if blocks:
         yield blocks
 
 
-def is_underlined_paragraph(node) -> bool:
-    """A rule straight below a paragraph makes it a heading by the letter of CommonMark, hardly by intention."""
-    return node.markup in ("-", "=") and len(node.children[0].content) > 100
+def is_heading(node, lines: list[str]) -> bool:
+    """Tell whether what the parser calls a heading is meant as one.
+
+    A rule straight below a paragraph makes it one by the letter of CommonMark, hardly by intention; what is indented
+    by four spaces is a comment in code.
+    """
+    if re.match(r" {4}| {0,3}\t", lines[node.map[0]]):
+        return False
+    text = node.children[0].content if node.children else ""
+    return node.markup not in ("-", "=") or (len(text) <= 100 and not (node.markup == "-" and text.endswith(".")))
+
+
+def tells_nothing(node, lines: list[str]) -> bool:
+    """Tell whether a node is a comment, or a list that only leads to the headings of its own document."""
+    own = lines[slice(*node.map)] if node.map else []
+    if node.type == "html_block":
+        return own[0].lstrip().startswith("<!--") and "\n".join(own).rstrip().endswith("-->")
+    return node.type.endswith("_list") and all(CONTENTS_LINE.fullmatch(line) for line in own if line.strip())
 
 
 def cut_node(node, lines: list[str], heading: tuple[str, ...], max_chars: int) -> Iterator[Block]:
@@ -368,11 +395,11 @@ def cut_table(lines: list[str], start: int, end: int, heading: tuple[str, ...], 
 
 def cut_paragraph(text: str, start_line: int, heading: tuple[str, ...], max_chars: int) -> Iterator[Block]:
     """Yield a paragraph's sentences, each with the lines it stands on."""
-    position = 0
+    first, position = start_line, 0
     for sentence in sentences(text):
-        position = text.index(sentence, position)
-        first = start_line + text.count("\n", 0, position)
-        position += len(sentence)
+        start = text.index(sentence, position)
+        first += text.count("\n", position, start)
+        position = start
         yield from cut_line(Block(heading, first, first + sentence.count("\n"), sentence), max_chars)
 
 
@@ -424,7 +451,9 @@ def group_copies(passages: list[Passage], min_shared: float = 0.3) -> dict[str, 
     for source_file in sorted(documents):
         for shingle in documents[source_file]:
             holders[shingle].append(source_file)
-    shared = Counter(pair for files in holders.values() for pair in itertools.pairwise(files))
+    # What more documents than 60 hold is a template's; counting every pair of those would take quadratic time.
+    pairs_of = (itertools.combinations(files, 2) if len(files) <= 60 else () for files in holders.values())
+    shared = Counter(itertools.chain.from_iterable(pairs_of))
     family = {source_file: source_file for source_file in documents}
 
     def root(source_file: str) -> str:
@@ -568,9 +597,12 @@ def section_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -
 def heading_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Made:
     """The heading with its document's title, and a paragraph below it."""
     for section in sections:
-        if section.heading:
+        if section.heading and NAME.search(section.heading[-1]):
             anchor = heading_query(section.heading)
             yield from ((section, anchor, paragraph) for paragraph in section.paragraphs[:max_pairs])
+
+
+NAME = re.compile(r"[^\W\d_]{3}")  # a heading without it, "1.7.0 - 2023-04-03", is no query
 
 
 def heading_query(heading: tuple[str, ...]) -> str:
@@ -844,29 +876,33 @@ MAX_HOLDERS = 3  # passages that answer a made-up query; all but the one that wa
 
 
 class Holders(NamedTuple):
-    """The passages that answer a query for a term, by its words, and for a heading, by its file and path."""
+    """The passages that answer a query for a term, by its words, and for a heading, by the query (heading_query)."""
 
     terms: dict[tuple[str, ...], list[Passage]]
-    headings: dict[tuple[str, ...], list[Passage]]
+    headings: dict[str, list[Passage]]
 
 
 def find_holders(distinct: list[Passage], held_out: set[str]) -> Holders:
-    """Return the terms that few passages hold, set off or not, all of them held out, and every heading's passages."""
+    """Return the terms that few passages hold, set off or not, and the headings of few, all of them held out."""
     named = {words_of(term) for one in distinct if one.source_file in held_out for term in find_terms(one.text)}
     lengths: dict[str, set[int]] = defaultdict(set)
     for words in filter(None, sorted(named)):
         lengths[words[0]].add(len(words))
-    terms, headings = defaultdict(list), defaultdict(list)
+    terms: dict[tuple[str, ...], list[Passage]] = defaultdict(list)
+    headings: dict[str, list[Passage]] = defaultdict(list)
     for passage in distinct:
         words = words_of(passage.model_text)
         runs = {words[i : i + length] for i, word in enumerate(words) for length in lengths.get(word, ())}
         for run in sorted(named & runs):
             terms[run].append(passage)
-        for depth in range(1, len(passage.heading) + 1):
-            headings[passage.source_file, *passage.heading[:depth]].append(passage)
-    few = {term: own for term, own in terms.items() if len(own) <= MAX_HOLDERS}
-    few = {term: own for term, own in few.items() if all(one.source_file in held_out for one in own)}
-    return Holders(few, headings)
+        for query in {fold(heading_query(passage.heading[:depth])) for depth in range(1, len(passage.heading) + 1)}:
+            headings[query].append(passage)
+
+    def few(table: dict) -> dict:
+        own = {key: found for key, found in table.items() if len(found) <= MAX_HOLDERS}
+        return {key: found for key, found in own.items() if all(one.source_file in held_out for one in found)}
+
+    return Holders(few(terms), few(headings))
 
 
 Asked = tuple[str, str, list[Passage]] | None  # the query, what stands in the corpus, all passages that answer
@@ -885,10 +921,14 @@ def ask(
 
 
 def ask_heading(passage: Passage, templates: set[str], holders: Holders, rng: random.Random) -> Asked:
-    section = holders.headings[passage.source_file, *passage.heading] if passage.heading else []
-    if len(passage.heading) < 2 or len(section) > MAX_HOLDERS or template_key(passage.heading[-1]) in templates:
+    """Ask for the passage's own heading, where it is no document's title and no more than a number or date."""
+    if len(passage.heading) < 2 or not NAME.search(passage.heading[-1]):
         return None
-    return heading_query(passage.heading), text_for_model(passage.heading[:-1], passage.text), section
+    query = heading_query(passage.heading)
+    answers = holders.headings.get(fold(query), [])
+    if passage not in answers or template_key(passage.heading[-1]) in templates:
+        return None
+    return query, text_for_model(passage.heading[:-1], passage.text), answers
 
 
 def ask_sentence(passage: Passage, templates: set[str], holders: Holders, rng: random.Random) -> Asked:
@@ -936,8 +976,20 @@ def read_questions(data_dir: Path) -> list[tuple[str, Question]]:
         if (path := data_dir / name).exists():
             for number, row in enumerate(read_tsv(path, row_type, may_be_empty=True, remedy=remedy), 2):
                 if row.question.strip() and (row_type is Question or fold(row.accept.strip()) not in DENIED):
-                    found.append((f"{path}:{number}", Question(row.question, row.passage)))
+                    found.append((f"{path}:{number}", Question(unquoted(row.question), unquoted(row.passage))))
     return found
+
+
+def read_written(path: Path) -> str:
+    """Return the text of a file that a person has written: UTF-8, or UTF-16 as Excel saves "Unicode Text"."""
+    content = path.read_bytes()
+    return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+
+
+def unquoted(field: str) -> str:
+    """Return a field without the quotation marks that spreadsheets put around one with a comma or with such marks."""
+    quoted = re.fullmatch(r'"((?:[^"]|"")*)"', field)
+    return quoted[1].replace('""', '"') if quoted else field
 
 
 def read_test_queries(path: Path) -> list[tuple[str, Question]]:
@@ -949,12 +1001,12 @@ def read_test_queries(path: Path) -> list[tuple[str, Question]]:
         UserError: the file can not be read, or holds no query.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_written(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = f"not UTF-8 at byte {error.start}" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise UserError(f"{path} can not be read ({reason}); --questions needs a text file, one query a line") from None
-    cut = ((number, *line.partition("\t")) for number, line in enumerate(lines, 1) if line.strip())
-    rows = [(f"{path}:{number}", Question(query, passage)) for number, query, _, passage in cut]
+    cut = ((number, *line.rstrip().partition("\t")) for number, line in enumerate(lines, 1) if line.strip())
+    rows = [(f"{path}:{number}", Question(unquoted(query), unquoted(passage))) for number, query, _, passage in cut]
     if rows and rows[0][1] == Question._fields:
         del rows[0]
     if not rows:
@@ -962,40 +1014,65 @@ def read_test_queries(path: Path) -> list[tuple[str, Question]]:
     return rows
 
 
-def find_answers(questions: list[tuple[str, Question]], passages: list[Passage]) -> list[tuple[str, Passage]]:
+PLACE = re.compile(r"(.+?)(?::|#L)(\d+)(?:[-:]L?\d+)?")  # plan.md:41, plan.md:41-43, plan.md:41:1, plan.md#L41
+
+
+class Answers:
+    """The passages of the documents, to be found by what a person has given as a question's answer."""
+
+    def __init__(self, passages: list[Passage], documents_root: Path):
+        self.passages, self.root = passages, documents_root.resolve()
+        self.by_file: dict[str, list[Passage]] = defaultdict(list)
+        self.by_shingle: dict[int, list[Passage]] = defaultdict(list)
+        self.words = functools.cache(lambda passage: words_of(passage.model_text))
+        for passage in passages:
+            self.by_file[composed(passage.source_file)].append(passage)  # some systems store names decomposed
+            for shingle in shingles(plain_text(passage.text)):
+                self.by_shingle[shingle].append(passage)
+
+    def find(self, given: str, question: str) -> Passage | None:
+        """Return the passage given; of several, the one with most of the question's words and most in common."""
+        fits = self.at_place(given) or self.by_text(given)
+        asked = {word[:6] for word in words_of(question)}
+        rank = {one: (sum(word[:6] in asked for word in self.words(one)), fits[one], -one.start_line) for one in fits}
+        return max(fits, key=lambda one: (rank[one], one.source_file), default=None)
+
+    def at_place(self, given: str) -> dict[Passage, int]:
+        """Return the passages at a file:line, from the documents' root or as a search has printed it."""
+        if not (place := PLACE.fullmatch(given)):
+            return {}
+        file, line = place[1].replace("\\", "/").removeprefix("./"), int(place[2])
+        with contextlib.suppress(ValueError):  # a path that does not lead into the root
+            file = file if file in self.by_file else Path(file).resolve().relative_to(self.root).as_posix()
+        behind = [passage for passage in self.by_file.get(file, []) if passage.end_line >= line]
+        return {one: 0 for one in behind if one.start_line <= max(line, behind[0].start_line)}
+
+    def by_text(self, given: str) -> dict[Passage, int]:
+        """Return the passages that hold most of a text or lie in it, and how much they have in common."""
+        own, run = shingles(plain_text(given)), words_of(plain_text(given))
+        shared = Counter(passage for shingle in own for passage in self.by_shingle.get(shingle, []))
+        sizes = {one: min(len(own), len(shingles(plain_text(one.text)))) for one in shared}
+        fits = {one: count for one, count in shared.items() if count >= 0.6 * sizes[one]}
+        if fits or not 0 < len(run) < 5:
+            return fits
+        return {one: 0 for one in self.passages if f" {' '.join(run)} " in f" {' '.join(self.words(one))} "}
+
+
+def find_answers(
+    questions: list[tuple[str, Question]], passages: list[Passage], documents_root: Path
+) -> list[tuple[str, Passage]]:
     """Return each question with the passage that answers it; warn of those whose passage is not in the documents.
 
-    Where the text given runs over several passages, the one that shares most words with the question is taken; of
-    copies, the first. What is said twice counts once.
+    Where the text given runs over several passages, or the line is cut into several, the one that shares most words
+    with the question is taken; of copies, the first. What is said twice counts once.
     """
-    first = first_copies(passages)
-    by_file: dict[str, list[Passage]] = defaultdict(list)
-    by_shingle: dict[int, list[Passage]] = defaultdict(list)
-    for passage in passages:
-        by_file[composed(passage.source_file)].append(passage)  # some systems store names decomposed
-        for shingle in shingles(plain_text(passage.text)):
-            by_shingle[shingle].append(passage)
-
-    def by_text(text: str, question: str) -> Passage | None:
-        """Return the passage that holds most of the text or lies in it, of several that with most of the question."""
-        own = shingles(plain_text(text))
-        shared = Counter(passage for shingle in own for passage in by_shingle.get(shingle, []))
-        words = {word[:6] for word in words_of(question)}
-        fits = {
-            passage: (sum(word[:6] in words for word in words_of(passage.model_text)), count)
-            for passage, count in shared.items()
-            if count >= 0.6 * min(len(own), len(shingles(plain_text(passage.text))))
-        }
-        return max(fits, key=lambda passage: (fits[passage], -passage.start_line, passage.source_file), default=None)
-
+    answers, first = Answers(passages, documents_root), first_copies(passages)
     found: dict[tuple[str, Passage], str] = {}
     for place, question in questions:
-        file, _, line = composed(question.passage.strip()).rpartition(":")
-        own_file = by_file.get(file.removeprefix("./"), []) if line.isdecimal() else []
-        at_line = next((passage for passage in own_file if passage.end_line >= int(line)), None)
-        answer = at_line or by_text(question.passage, question.question)
+        given = composed(question.passage.strip())
+        answer = answers.find(given, question.question)
         if answer is None:
-            warn(f"{place}: the documents hold no passage {question.passage[:60]!r}; give its text, or file:line")
+            warn(f"{place}: the documents hold no passage {given[:60]!r}; give its text, or file:line")
         else:
             text = " ".join(question.question.split())
             found.setdefault((fold(text), first[answer.heading, answer.text]), text)
@@ -1005,7 +1082,8 @@ def find_answers(questions: list[tuple[str, Question]], passages: list[Passage])
 LANGUAGES = {
     "tr": "ve bir bu icin ile da de olarak olan gibi daha her sonra ise veya kadar ne nasil gore edilir yapilir degil",
     "en": "the of and to in is for a an on with as be are by that this or from it at not what how when",
-    "other": "der die das und ist nicht mit von zu ein eine fur auf im les des est une dans pour que qui los del",
+    "other": "der die das und ist nicht mit von zu ein eine fur auf im les des est une dans pour que qui los del "
+    "de la le el por una uma nao sao het een di che sono och att det nie jest cu este",
 }
 
 
@@ -1029,7 +1107,8 @@ def suggest_questions(passages: list[Passage], templates: set[str], max_candidat
     texts = {name: list(group) for name, group in itertools.groupby(passages, key=lambda one: one.source_file)}
     languages = {name: language(" ".join(one.text for one in group)) for name, group in texts.items()}
     distinct = {passage.text: None for passage in passages}
-    definitions = Counter(fold(term) for text in distinct for term in dict.fromkeys(DEFINED.findall(text)))
+    found = (dict.fromkeys(map(plain_text, DEFINED.findall(text))) for text in distinct)
+    definitions = Counter(fold(term) for term in itertools.chain.from_iterable(found))
     for place, passage in enumerate(passages):
         made = question_about(passage, templates, definitions, languages[passage.source_file])
         if made is not None and len(passage.text) >= 80 and fold(made[1]) not in seen:
@@ -1040,6 +1119,9 @@ def suggest_questions(passages: list[Passage], templates: set[str], max_candidat
     return [row for _, _, row in sorted(ranked, key=lambda one: one[:2], reverse=True)[:max_candidates]]
 
 
+QUESTION_BEGINS = re.compile(r"(?:how|why|what|when|where|which|who|neden|nasıl|niçin|kim|hangi)\b", re.I)
+
+
 def question_about(
     passage: Passage, templates: set[str], definitions: Counter, spoken: str
 ) -> tuple[float, str] | None:
@@ -1048,15 +1130,15 @@ def question_about(
     definitions: how often each term is set off as if it were defined; what recurs is a field's label, such as "Status".
     """
     heading = re.sub(r"^[\d.]+\s+", "", passage.heading[-1]) if passage.heading else ""
-    if heading.endswith("?"):
-        return 4.0, heading
+    if heading.endswith("?") or QUESTION_BEGINS.match(heading):
+        return 4.0, heading.rstrip("?") + "?"
     for row in table_rows(passage.text):
         code, (name, cell) = row[0][1], max(row, key=lambda named: len(named[1]))
         if CODE_NAME.fullmatch(code) and name and cell != code:
             return 3.0, f"What is the {name} of {code}?" if spoken == "en" else f"{code} için {name} nedir?"
     for term in defined_terms(passage):
-        if definitions[fold(term)] == 1 and len(term.split()) <= 5:
-            if CODE_NAME.search(term) or term[-1].isdigit():
+        if definitions[fold(term)] == 1 and len(term.split()) <= 5 and not QUESTION_BEGINS.match(term):
+            if re.search(r"-\d|\b[\d.]+$", term):  # a task's, as KM-2.1 and "Görev 3" are
                 return 2.5, f"What has to be done in {term}?" if spoken == "en" else f"{term}: ne yapılacak?"
             return 3.0, f"What is {term}?" if spoken == "en" else f"{term} nedir?"
     if not 2 <= len(WORD.findall(heading)) <= 9 or template_key(passage.heading[-1]) in templates:
@@ -1073,13 +1155,14 @@ def defined_terms(passage: Passage) -> Iterator[str]:
     for block in passage.blocks:
         terms = DEFINED.findall(block)
         if len(terms) == 1 or not block.startswith("**"):
-            yield from terms
+            yield from map(plain_text, terms)
 
 
 def ask_endpoint(url: str, model: str, passages: list[Passage], data_dir: Path, max_candidates: int) -> list[Candidate]:
     """Have a language model behind an OpenAI-compatible server write a question for each of the passages.
 
-    Answers are kept in question_answers.jsonl as they come, so that no passage is asked about twice.
+    Answers are kept in question_answers.jsonl as they come, so that no passage is asked about twice. A passage that
+    the server refuses, or has no question for, is passed over and asked about again by the next run.
 
     Raises:
         UserError: the server does not answer, or not as it should; what it has answered is kept.
@@ -1089,25 +1172,30 @@ def ask_endpoint(url: str, model: str, passages: list[Passage], data_dir: Path, 
     if not re.match(r"https?://", url):
         raise UserError(f"--question-endpoint {url} is no web address; give one such as http://localhost:11434/v1")
     store = data_dir / "question_answers.jsonl"
-    answers: dict[str, str] = {}
+    answers: dict[tuple[str, str], str] = {}
     for line in store.read_text(encoding="utf-8").splitlines() if store.exists() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # the torn last line of a killed run
-            answers[json.loads(line)["passage"]] = json.loads(line)["question"]
+            row = json.loads(line)
+            answers[row["model"], row["passage"]] = row["question"]
     data_dir.mkdir(parents=True, exist_ok=True)
     chosen = list({plain_text(one.text): one for one in passages if len(one.text) >= 80}.items())
     rows = []
     with store.open("a", encoding="utf-8") as file:
         for text, passage in tqdm(chosen[:max_candidates], "asking", unit="passage", disable=None):
-            if text not in answers:
-                answers[text] = ask_for_question(url, model, passage)
-                file.write("\n" * (store.stat().st_size > 0) + json.dumps({"passage": text, "question": answers[text]}))
+            if not answers.get((model, text)):
+                answers[model, text] = ask_for_question(url, model, passage)
+                row = {"model": model, "passage": text, "question": answers[model, text]}
+                file.write("\n" * (store.stat().st_size > 0) + json.dumps(row))
                 file.flush()
-            rows.append(Candidate("", answers[text], text, passage.source_file))
-    return rows
+            rows.append(Candidate("", answers[model, text], text, passage.source_file))
+    if lacking := sum(not row.question for row in rows):
+        warn(f"{url} gave no question for {lacking} of {len(rows)} passages; run again to ask about them once more")
+    return [row for row in rows if row.question]
 
 
 def ask_for_question(url: str, model: str, passage: Passage) -> str:
-    """Return one question about a passage, in its language, by the chat completions interface."""
+    """Return one question about a passage, in its language, by the chat completions interface; "" where none comes."""
+    import urllib.error
     import urllib.request
     from http.client import HTTPException
 
@@ -1116,12 +1204,21 @@ def ask_for_question(url: str, model: str, passage: Passage) -> str:
         " Use the passage's own language and other words than its own where you can. Reply with the question alone.\n\n"
     )
     body = {"model": model, "messages": [{"role": "user", "content": prompt + passage.model_text}], "temperature": 0.3}
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '-')}"}
+    key = os.environ.get("OPENAI_API_KEY", "-").strip()
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=120) as response:
-            reply = json.load(response)["choices"][0]["message"]["content"]
-            return " ".join(reply.split("</think>")[-1].split())
+            reply = json.load(response)["choices"][0]["message"]["content"] or ""
+        spoken = re.sub(r"<think>.*?(?:</think>|\Z)", "", reply.split("</think>")[-1], flags=re.S)
+        lines = [line.strip(' "“”«»*') for line in spoken.encode(errors="replace").decode().splitlines()]
+        asked = [line for line in lines if line and not line.startswith("```")]
+        return next((line for line in asked if line.endswith("?")), asked[0] if asked else "")
+    except urllib.error.HTTPError as error:
+        if error.code in (400, 422):  # this passage is refused, as by a filter of contents
+            return ""
+        wait = f" after {seconds} s" if (seconds := error.headers.get("Retry-After")) else ""
+        raise UserError(f"{url} gave no question ({error}); what it has answered is kept, run again{wait}") from None
     except (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"{url} gave no question ({error or type(error).__name__}); what it has answered is kept, run again"
@@ -1156,22 +1253,24 @@ def read_tsv(path: Path, row_type: type, may_be_empty: bool = False, remedy: str
     command = command_for("python prepare_finetuning_data.py", "--data-dir", path.parent, config.FINE_TUNING_DATA_DIR)
     remedy = remedy or f"run {command}"
     try:
-        text = composed(path.read_text(encoding="utf-8-sig"))
+        text = composed(read_written(path)).replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {remedy}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 at byte {error.start}; {remedy}") from None
+        raise UserError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8, or {remedy}") from None
     rows = [line.split("\t") for line in text.removesuffix("\n").split("\n")]
     columns = [name for name in row_type._fields if name in rows[0] or name not in row_type._field_defaults]
     if missing := [name for name in columns if name not in rows[0]]:
         raise UserError(f"{path}: no column {missing[0]!r} in line 1; {remedy}")
     places = [rows[0].index(name) for name in columns]
     for number, row in enumerate(rows[1:], 2):
-        if len(row) != len(rows[0]) and row != [""]:
+        while len(row) > len(rows[0]) and not row[-1]:  # empty cells at the right of a table
+            row.pop()
+        if len(row) != len(rows[0]) and "".join(row).strip():
             raise UserError(f"{path}:{number}: {len(row)} columns instead of {len(rows[0])}; {remedy}")
     if len(rows) == 1 and not may_be_empty:
         raise UserError(f"{path} has no rows; {remedy} with more documents or strategies")
-    return [row_type(*(row[place] for place in places)) for row in rows[1:] if row != [""]]
+    return [row_type(*(row[place] for place in places)) for row in rows[1:] if "".join(row).strip()]
 
 
 def write_data(
@@ -1583,7 +1682,7 @@ def main(argv: list[str] | None = None) -> None:
         return write_candidates(passages, templates, options)
     max_queries = config.MAX_EVALUATION_QUERIES
     held_out = split_documents(passages, family, config.EVALUATION_SHARE, max_queries, options.seed)
-    labelled = find_answers(read_questions(options.data_dir), passages)
+    labelled = find_answers(read_questions(options.data_dir), passages, options.documents_root)
     queries, corpus = make_queries(passages, held_out, templates, labelled, max_queries, options.seed)
     strategies = options.strategy or config.PAIR_STRATEGIES
     max_pairs = config.MAX_PAIRS_PER_SECTION

@@ -1696,7 +1696,8 @@ def evaluate_questions(options: argparse.Namespace) -> dict:
     paths = find_documents(options.documents_root, options.documents or config.TARGET_DOCUMENTS)
     passages = read_passages(options.documents_root, paths, config.MAX_PASSAGE_CHARS, config.MAX_DOCUMENT_MB)
     distinct = {passage.model_text: passage for passage in reversed(passages)}
-    answers = dict(find_answers([(place, one) for place, one in asked if one.passage.strip()], passages))
+    given = [(place, one) for place, one in asked if one.passage.strip()]
+    answers = dict(find_answers(given, passages, options.documents_root))
     texts = list(dict.fromkeys(" ".join(one.question.split()) for _, one in asked))
     known = [place for place, text in enumerate(texts) if text in answers]
     right = [(texts[place], answers[texts[place]]) for place in known]

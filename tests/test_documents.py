@@ -202,6 +202,24 @@ def test_plain_text_has_no_marks_and_reads_items_and_table_rows_as_sentences():
     assert plain_text(table) == "Görev ID: KM-2.1; Durum: Sürüyor. Görev ID: a | b."
 
 
+@pytest.mark.parametrize(
+    ("markdown", "plain"),
+    [
+        ("Kablo 3*2,5 mm² ve 10*20 cm", "Kablo 3*2,5 mm² ve 10*20 cm"),
+        ("iki üssü on 2**10 eder", "iki üssü on 2**10 eder"),
+        ("*1* ve **2**, _ince_", "1 ve 2, ince"),
+        ("ekler `_litre`, `*_m3` ve `__proto__`", "ekler _litre, *_m3 ve __proto__"),
+        ("`<details>` ile <b>katla</b>", "<details> ile katla"),
+        ("```html\n<div>içerik</div>\n```", "<div>içerik</div>"),
+        ("bak: [![rozet](a.svg)](b.md) ve [close([done])](c.md#d)", "bak: rozet ve close([done])"),
+        ("| **Dikkat:** vana kapalı |\n|---|\n\nsonra", "Dikkat: vana kapalı. sonra."),
+        ("| Ad | Yıl |\n|---|---|\n| Oğuz | 1951 |", "Ad: Oğuz; Yıl: 1951"),
+    ],
+)
+def test_names_numbers_and_what_stands_in_code_keep_their_characters(markdown, plain):
+    assert plain_text(markdown) == plain
+
+
 def test_sentences_joined_give_the_text_again_and_abbreviations_end_none():
     text = 'Dr. Ali geldi. Pompa vb. Araçlar hazır! Peki, 3.5 bar? "Evet." Şu da var.'
     pieces = sentences(text)
@@ -217,6 +235,32 @@ def test_headings_are_the_path_of_a_passage_and_never_a_passage():
     found = cut_passages("# A\n\n## B\n\none\n\n### C\n\n## D\n\ntwo\n", "a.md", MAX_CHARS)
     assert [(passage.heading, passage.text) for passage in found] == [(("A", "B"), "one"), (("A", "D"), "two")]
     assert [passage.chunk_index for passage in found] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("markdown", "kept"),
+    [
+        ("Depo taşınıyor, anahtar Ayşe'de kalacak.\n---\n\n## Sonra\n\nBiz.", ["anahtar Ayşe'de"]),
+        ("\n".join(f"{'  ' * depth}- düzey{depth} " + "uzun " * 20 for depth in range(16)), ["düzey15"]),
+        ('+++\ntitle = "Başlık"\n+++\n\nMetin burada.', ["Metin burada."]),
+    ],
+)
+def test_nothing_that_is_text_is_lost(markdown, kept):
+    found = "\n".join(texts_of(markdown))
+    assert all(text in found for text in kept) and "title =" not in found
+
+
+def test_a_comment_in_indented_code_is_no_heading():
+    (passage,) = cut_passages("# Araç\n\n## Kullanım\n\n    pip install x\n\n    # başlat\n    x run\n", "a.md", 600)
+    assert passage.heading == ("Araç", "Kullanım") and "# başlat" in passage.text
+
+
+def test_tables_of_contents_comments_and_image_data_are_no_passages(tmp_path):
+    contents = "- [Bir](#bir)\n  - [İki](#iki)\n\n1. [Bir](#bir)\n"
+    comment = "<!--\n" + "Eski taslak, artık geçerli değil.\n" * 40 + "-->\n"
+    image = "Resim: ![](data:image/png;base64," + "iVBORw0KGgo" * 5000 + "=) altında yazı.\n"
+    text = read_document(document(tmp_path, f"# A\n\n{contents}\n{comment}\n{image}\n- [Bir](bir.md)\n"), 20)
+    assert texts_of(text) == ["Resim: ![](data:) altında yazı.\n\n- [Bir](bir.md)"]
 
 
 def test_front_matter_and_rules_are_no_passages_and_shift_no_line():

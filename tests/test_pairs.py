@@ -38,11 +38,14 @@ THREE = "The third paragraph is about the valves only."
 DOCUMENT = f"# Pump manual\n\n## Running\n\n{ONE}\n\n{TWO}\n\n---\n\n## Valves in general use\n\n{THREE}\n"
 
 
+def passages_of(documents: dict[str, str]) -> list:
+    return [passage for name, text in documents.items() for passage in cut_passages(text, name, 600)]
+
+
 def pairs_of(
     strategy: str, documents: dict[str, str] | None = None, max_pairs: int = 8, templates: int = 4, seed: int = 1
 ):
-    documents = {"a.md": DOCUMENT} if documents is None else documents
-    passages = [passage for name, text in documents.items() for passage in cut_passages(text, name, 600)]
+    passages = passages_of({"a.md": DOCUMENT} if documents is None else documents)
     found = find_templates(passages, group_copies(passages), templates)
     pairs, _ = make_pairs(passages, set(), found, [strategy], max_pairs, seed)
     return [(pair.anchor, pair.positive) for pair in pairs]
@@ -233,6 +236,38 @@ def test_a_near_copy_in_a_training_document_does_not_compete_with_the_held_out_p
     }
     queries, corpus = held_out_of(documents, {"a.md"})
     assert len(queries) == 1 and corpus == [queries[0].positive]
+
+
+def test_numbers_and_dates_are_no_queries_and_words_with_a_hyphen_or_stroke_no_names():
+    parts = [
+        f"## 1.{number}.0 - 2024-0{number}-01\n\nBu sürümde {word} düzeltildi ve belgesi yazıldı.\n"
+        for number, word in enumerate(("vana", "pompa", "kutu", "sayaç"), 1)
+    ]
+    text = "# Günlük\n\n" + "\n".join(parts) + "\n## Yazım\n\nThe hand-written part and/or the KM-2.1 one, by_name.\n"
+    found = passages_of({"a.md": text, "b.md": "# B\n\nBaşka bir belge, başka bir metin.\n"})
+    queries, _ = prepare.make_queries(found, {"a.md"}, set(), [], 50, seed=1)
+    assert {query.query for query in queries if query.strategy == "heading"} <= {"Günlük Yazım"}
+    pairs, _ = prepare.make_pairs(found, set(), set(), ["heading"], 9, seed=1)
+    assert {pair.anchor for pair in pairs} == {"Günlük Yazım"}
+    assert prepare.find_terms("The hand-written part and/or the KM-2.1 one, by_name.") == ["KM-2.1", "by_name"]
+
+
+def test_a_heading_that_a_training_document_has_too_is_not_asked_for():
+    section = "## Nöbet değişimi nasıl olur\n\n{} anahtarı ve defteri bir sonrakine verir, imza alır.\n"
+    texts = {name: f"# {name}\n\n{section.format(name)}" for name in ("Depo", "Santral")}
+    found = passages_of({f"{name}.md": text for name, text in texts.items()})
+    queries, _ = prepare.make_queries(found, {"Depo.md"}, set(), [], 50, seed=1)
+    assert "heading" not in {query.strategy for query in queries}
+    queries, _ = prepare.make_queries(found[:1], {"Depo.md"}, set(), [], 50, seed=1)
+    assert "heading" in {query.strategy for query in queries}
+
+
+def test_near_copies_stay_together_whatever_other_documents_share_their_text():
+    lines = [f"Ortak cümle {number} burada durur ve her yerde aynıdır." for number in range(40)]
+    texts = {name: " ".join(lines[start:end]) for name, start, end in (("a", 0, 20), ("b", 0, 40), ("c", 20, 40))}
+    texts |= {"bb": " ".join(lines[:3]) + " Kalanı kendisinindir. " * 50, "d": "Bambaşka bir metin."}
+    family = prepare.group_copies(passages_of({f"{name}.md": text for name, text in texts.items()}))
+    assert family["a.md"] == family["b.md"] == family["c.md"] != family["d.md"]
 
 
 def test_what_stands_between_two_spans_of_code_is_no_term():

@@ -125,6 +125,44 @@ def test_a_file_whose_name_is_stored_decomposed_is_found_as_it_is_typed(prepare)
     assert "Yedekler nerede?" in found
 
 
+def test_of_a_line_that_is_cut_into_passages_the_one_with_the_questions_words_answers(prepare):
+    line = " ".join(
+        f"Bu {number}. cümle {word} üzerine yazılmış uzunca bir cümledir."
+        for number, word in enumerate([*("boru " * 15).split(), *("vana " * 15).split(), *("pompa " * 15).split()])
+    )
+    path = prepare.data.parent / "project" / "uzun.md"
+    path.write_text(f"# Uzun\n\n{line}\n", encoding="utf-8")
+    places = ["uzun.md:3", f"{path}:3", f"{path}:3:1", "uzun.md:3-4", "./uzun.md#L3"]
+    asked = [
+        (f"{word} nerede anlatılıyor {number}?", place)
+        for number, place in enumerate(places)
+        for word in ("boru", "vana", "pompa")
+    ]
+    write_questions(prepare.data, asked)
+    assert prepare() == 0
+    found = {pair.anchor: pair.positive for pair in read_pairs(prepare.data)}
+    found |= {query.query: query.positive for query in read_queries(prepare.data)}
+    assert all(question.split()[0] in found[question] for question, _ in asked)
+
+
+def test_an_answer_of_few_words_is_found_in_the_passage_that_holds_them(prepare, capsys):
+    write_questions(prepare.data, [("Piller nasıl?", "pil ile çalışır"), ("Ne yok?", "gökte iki ay")])
+    assert prepare() == 0
+    found = {pair.anchor for pair in read_pairs(prepare.data)} | {query.query for query in read_queries(prepare.data)}
+    assert "Piller nasıl?" in found and "Ne yok?" not in found
+    assert "questions.tsv:3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_file_saved_by_a_spreadsheet_is_read(prepare, encoding):
+    answer = "A failed release is rolled back by pointing the `current` link at the image."
+    rows = ["question\tpassage", f'"who, and how?"\t{answer}\t\t', "\t\t", f'"the ""current"" link?"\t{answer}']
+    (prepare.data / "questions.tsv").write_bytes("\r\n".join(rows).encode(encoding))
+    assert prepare() == 0
+    found = {pair.anchor for pair in read_pairs(prepare.data)} | {query.query for query in read_queries(prepare.data)}
+    assert {"who, and how?", 'the "current" link?'} <= found
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [
@@ -163,6 +201,18 @@ def test_suggestions_are_in_the_documents_language_and_no_template_junk(prepare)
     assert len({row.passage for row in rows}) == len(rows)
 
 
+def test_a_heading_that_is_a_question_is_asked_as_it_is_and_only_numbered_terms_are_tasks(prepare):
+    text = (
+        "# Guide\n\n## How to roll back a release\n\nPoint the current link at the image before, then restart the one"
+        " service that reads it, and tell the others.\n\n## Options\n\n- **`allow_h2`**: whether the second version of"
+        " the protocol may be spoken with a server that offers it at all.\n"
+    )
+    (prepare.data.parent / "project" / "guide.md").write_text(text, encoding="utf-8")
+    assert prepare("--suggest-questions") == 0
+    questions = {row.question for row in candidates(prepare.data) if row.source_file == "guide.md"}
+    assert questions == {"How to roll back a release?", "What is allow_h2?"}
+
+
 def test_the_fields_of_a_documents_head_are_no_definitions(prepare):
     fields = "**Hazırlayan:** Ayşe Kaya, proje ofisinden\n**Son gözden geçirme:** geçen ayın son haftasında yapıldı"
     term = "**Sönümleyici:** Borudaki basınç dalgasını yutan, havayla dolu küçük kap; her istasyonda bir tane bulunur."
@@ -196,6 +246,8 @@ def test_the_language_of_a_text():
     assert language("KM-2.1") == "other"
     assert language("Das Überdruckventil und die Prüfung der Behälter für Öl") == "other"
     assert language("Les vannes et les pompes pour une ville") == "other"
+    assert language("La configuración de la base de datos y el servidor de producción") == "other"
+    assert language("Sauvegarde quotidienne de la base de données") == "other"
     assert language("gorevler her sabah panoda takip edilir ve sonra konusulur") == "tr"
 
 
@@ -211,8 +263,9 @@ def server():
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             own.asked.append(body)
             broken = len(own.asked) > own.fail_after
-            reply = {"choices": [{"message": {"content": f" <think>hm</think> Soru\t{len(own.asked)}? \n"}}]}
-            self.send_response(500 if broken else 200)
+            content = own.replies.get(len(own.asked), f" <think>hm</think> Soru\t{len(own.asked)}? \n")
+            reply = {"choices": [{"message": {"content": content}}]}
+            self.send_response(500 if broken else content if isinstance(content, int) else 200)
             self.end_headers()
             self.wfile.write(json.dumps(reply).encode())
 
@@ -220,7 +273,7 @@ def server():
             pass
 
     own = HTTPServer(("127.0.0.1", 0), Handler)
-    own.asked, own.fail_after = [], 10_000
+    own.asked, own.fail_after, own.replies = [], 10_000, {}
     own.url = f"http://127.0.0.1:{own.server_port}/v1"
     threading.Thread(target=own.serve_forever, daemon=True).start()
     yield own
@@ -249,6 +302,22 @@ def test_a_server_is_asked_once_for_each_passage_and_what_it_answered_survives_i
     assert {row.question for row in rows} == {f"Soru {number}?" for number in (1, 2, 3, 4, 6, 7)}
     assert server.asked[0]["model"] == "small"
     assert rows[0].passage in server.asked[0]["messages"][0]["content"]
+
+
+def test_a_passage_that_the_server_has_no_question_for_is_passed_over_and_asked_about_again(
+    prepare, server, capsys, monkeypatch
+):
+    monkeypatch.setattr(config, "MAX_QUESTION_CANDIDATES", 5)
+    fenced = 'Sure! Here it is:\n```\n"Kaç vana var?"\n```'
+    server.replies = {1: 400, 2: None, 3: "<think>ends nowhere", 4: fenced, 5: "yarım \ud83d harf?"}
+    ask = ["--question-endpoint", server.url, "--question-model"]
+    assert prepare(*ask, "small") == 0
+    assert "no question for 3 of 5" in capsys.readouterr().err
+    assert {row.question for row in candidates(prepare.data)} == {"Kaç vana var?", "yarım ? harf?"}
+    assert prepare(*ask, "small") == 0
+    assert len(server.asked) == 8 and len(candidates(prepare.data)) == 5
+    assert prepare(*ask, "another") == 0
+    assert len(server.asked) == 13
 
 
 @pytest.mark.parametrize(

@@ -342,7 +342,8 @@ def test_marks_are_kept_and_become_lines_that_step_1_reads(browser, comparison, 
     )
     paths = prepare_finetuning_data.find_documents(chain.documents, ["**/*.md"])
     passages = prepare_finetuning_data.read_passages(chain.documents, paths, config.MAX_PASSAGE_CHARS, 20)
-    found = prepare_finetuning_data.find_answers(prepare_finetuning_data.read_questions(tmp_path), passages)
+    questions = prepare_finetuning_data.read_questions(tmp_path)
+    found = prepare_finetuning_data.find_answers(questions, passages, chain.documents)
     assert {(question, prepare_finetuning_data.plain_text(passage.text)) for question, passage in found} == wanted
     assert "Marked relevant: left 2 of 3" in browser.run("return document.getElementById('tally').textContent")
 
