@@ -57,6 +57,7 @@ from prepare_finetuning_data import (
     WINDOW_FILES,
     Passage,
     add_document_options,
+    check_settings,
     cut_passages,
     find_documents,
     find_model,
@@ -514,25 +515,28 @@ def restore(index_dir: Path) -> dict:
 
     A backup with the current index's id is what a run leaves that was killed just before its commit.
     """
-    current, known = None, [header for _, header in readable_indexes(index_dir)]
-    with contextlib.suppress(UserError):
-        current = whole_header(index_dir, index_dir / METADATA)["id"]
-    for path in backup_files(index_dir):
-        try:
-            header = whole_header(index_dir, path)
-            if header["id"] == current:
-                remove(path)
+    if not index_dir.is_dir():
+        raise UserError(f"no index in {index_dir}; run {build_command(index_dir)} first")
+    with locked(index_dir):
+        current, known = None, [header for _, header in readable_indexes(index_dir)]
+        with contextlib.suppress(UserError):
+            current = whole_header(index_dir, index_dir / METADATA)["id"]
+        for path in backup_files(index_dir):
+            try:
+                header = whole_header(index_dir, path)
+                if header["id"] == current:
+                    remove(path)
+                    continue
+                load_encoder(header, index_dir)
+            except UserError as error:
+                warn(f"backup {path.name} can not be used: {str(error).split(';')[0]}")
                 continue
-            load_encoder(header, index_dir)
-        except UserError as error:
-            warn(f"backup {path.name} can not be used: {str(error).split(';')[0]}")
-            continue
-        path.replace(index_dir / METADATA)
-        sync(index_dir)
-        prune(index_dir, len(backup_files(index_dir)))
-        return header
-    command = build_command(index_dir, known[0] if known else None)
-    raise UserError(f"{index_dir} holds no usable backup; run {command} to build the index anew")
+            path.replace(index_dir / METADATA)
+            sync(index_dir)
+            prune(index_dir, len(backup_files(index_dir)))
+            return header
+        command = build_command(index_dir, known[0] if known else None)
+        raise UserError(f"{index_dir} holds no usable backup; run {command} to build the index anew")
 
 
 # --------------------------------------------------------------------------------- the index on disk, read
@@ -925,18 +929,14 @@ def main(argv: list[str] | None = None) -> int:
     config.set_verbosity(options)
     index_dir, started = options.index_dir, time.perf_counter()
     config.check_number("INDEX_BACKUPS", 0)
-    config.check_number("MAX_PASSAGE_CHARS", 50)
-    config.check_number("MAX_DOCUMENT_MB", 0, float)
+    check_settings()
     if (options.list_backups or options.restore) and not is_first_process():
         return 0
     if options.list_backups:
         list_backups(index_dir)
         return 0
     if options.restore:
-        if not index_dir.is_dir():
-            raise UserError(f"no index in {index_dir}; run {build_command(index_dir)} first")
-        with locked(index_dir):
-            print(config.printable(f"restored the index of {restore(index_dir)['created']} in {index_dir}"))
+        print(config.printable(f"restored the index of {restore(index_dir)['created']} in {index_dir}"))
         return 0
     with joined_processes() as rank:
         if rank:

@@ -1651,6 +1651,12 @@ def add_document_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_settings() -> None:
+    """Refuse settings of config.py by which documents can not be cut."""
+    config.check_number("MAX_PASSAGE_CHARS", 50)
+    config.check_number("MAX_DOCUMENT_MB", 0, float)
+
+
 def write_candidates(passages: list[Passage], templates: set[str], options: argparse.Namespace) -> None:
     """Write question_candidates.tsv for a person to mark."""
     path = options.data_dir / "question_candidates.tsv"
@@ -1670,8 +1676,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the script with these arguments, by default the command line's."""
     options = build_parser().parse_args(argv)
     config.set_verbosity(options)
-    config.check_number("MAX_PASSAGE_CHARS", 50)
-    config.check_number("MAX_DOCUMENT_MB", 0, float)
+    check_settings()
     if bool(options.question_endpoint) != bool(options.question_model):
         raise UserError("--question-endpoint URL and --question-model NAME, a model of that server, go together")
     paths = find_documents(options.documents_root, options.documents or config.TARGET_DOCUMENTS)

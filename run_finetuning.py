@@ -30,6 +30,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import sqlite3
 import sys
 import textwrap
@@ -45,7 +46,18 @@ from typing import NamedTuple
 import numpy as np
 
 import config
-from config import UserError, command_for, duration, previous, remove, replacing, restore_previous, sync
+from config import (
+    UserError,
+    command_for,
+    duration,
+    is_running,
+    previous,
+    printable,
+    remove,
+    replacing,
+    restore_previous,
+    sync,
+)
 from prepare_finetuning_data import (
     CHART_COLOURS,
     WINDOW_FILES,
@@ -80,22 +92,28 @@ from prepare_finetuning_data import (
 
 
 def load_model(folder: Path, device: str | None):
-    """Load a SentenceTransformer from a folder that check_model accepts: safetensors only, no code of the model's."""
+    """Load a SentenceTransformer from a folder that check_model accepts: safetensors only, no code of the model's.
+
+    Weights stored in half precision are trained and saved in float32. A prompt that the model would put before every
+    text is left out: the ONNX form has none.
+    """
     from sentence_transformers import SentenceTransformer
     from transformers import logging
 
     if logging.get_verbosity() == logging.ERROR:  # see config.set_verbosity
         logging.disable_progress_bar()
     try:
-        return SentenceTransformer(
+        model = SentenceTransformer(
             str(check_model(folder)),
             device=device,
             trust_remote_code=False,
             local_files_only=True,
-            model_kwargs={"use_safetensors": True},
+            model_kwargs={"use_safetensors": True, "dtype": "float32"},
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder} can not be loaded ({str(error).splitlines()[0]}); copy or make it again") from None
+    model.default_prompt_name = None
+    return model
 
 
 def mend_tokenizer(model, texts: list[str]) -> list[str]:
@@ -321,7 +339,7 @@ def queries_needed(differences: np.ndarray) -> int | None:
     None: there is no difference.
     """
     mean, deviation = float(differences.mean()), float(differences.std())
-    return max(MIN_QUERIES, math.ceil((1.96 * deviation / mean) ** 2)) if mean else None
+    return max(MIN_QUERIES, math.ceil((1.96 * deviation / mean) ** 2)) if abs(mean) > 1e-9 else None
 
 
 def print_comparison(result: dict, quiet: bool = False, summary: str = "") -> None:
@@ -814,7 +832,7 @@ def mine_negatives(pairs: list[Pair], model) -> list[Pair]:
         return []
     rows = Dataset.from_dict({"anchor": [pair.anchor for pair in pairs], "positive": [pair.positive for pair in pairs]})
     mined = mine_hard_negatives(
-        rows, model, num_negatives=5, range_max=50, relative_margin=0.05, output_format="n-tuple", verbose=False
+        rows, model, num_negatives=5, range_max=400, relative_margin=0.05, output_format="n-tuple", verbose=False
     )
     keys = dict(zip(((pair.anchor, pair.positive) for pair in pairs), apart_keys(pairs), strict=True))
     of_text: dict[str, frozenset[str]] = {}
@@ -828,6 +846,7 @@ def mine_negatives(pairs: list[Pair], model) -> list[Pair]:
         apart = [negative for negative in negatives if keys[texts].isdisjoint(of_text[negative])]
         if apart and texts in by_texts:
             found.append(by_texts.pop(texts)._replace(negative=apart[0]))
+    print(f"{len(found):,} of {len(pairs):,} pairs have a hard negative, and are trained on", file=sys.stderr)
     return found
 
 
@@ -865,16 +884,17 @@ def train(
     watched: HeldOut,
     deadline: float,
     options: argparse.Namespace,
-) -> tuple[list[dict], int]:
+) -> dict:
     """Train on the batches, watching the held-out queries four times; the model ends as the best checkpoint seen.
 
     An interrupted training of the same kind is gone on with (see claim_workspace). No step begins after the deadline,
     in seconds of time.perf_counter, whatever the plan was.
 
     Returns:
-        the history: dicts with step, loss and nDCG@10; and the number of steps.
+        history: dicts with step, loss and nDCG@10; steps: how many were taken; kept_step: the one whose weights it has.
     """
     from datasets import Dataset
+    from safetensors import SafetensorError
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     steps = len(batches) // processes()
@@ -891,8 +911,16 @@ def train(
         trainer.remove_callback(callback)
     trainer.add_callback(progress_callback(steps, deadline))
     checkpoint = last_checkpoint(workspace(options.model_dir))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return history_of(trainer.state.log_history), trainer.state.global_step
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # PyTorch's writer of files
+            raise
+        folder, reason = options.model_dir.parent, str(error).splitlines()[0]
+        raise UserError(f"{folder} can not be written to ({reason}); make room or name another --model-dir") from None
+    kept = str(trainer.state.best_model_checkpoint or f"-{trainer.state.global_step}").rpartition("-")[2]
+    history = history_of(trainer.state.log_history)
+    return {"history": history, "steps": trainer.state.global_step, "kept_step": int(kept)}
 
 
 def trainer_of(batches: list[list[int]]) -> type:
@@ -962,8 +990,14 @@ def claim_workspace(folder: Path, identity: str, fresh: bool) -> int:
     """Make the folder ready for a run with this identity; return the steps planned by an interrupted one, or 0.
 
     identity: a hash of data, base model and settings; what another kind of run has left is removed.
+
+    Raises:
+        UserError: another process is training there.
     """
     left = read_json(folder / "run.json")
+    process = left.get("process")
+    if isinstance(process, int) and process != os.getpid() and is_running(process) and not fresh:
+        raise UserError(f"process {process} is training with {folder}; wait for it, or --fresh starts over without it")
     checkpoint = last_checkpoint(folder)
     if checkpoint and left.get("identity") == identity and not fresh:
         for path in sorted(folder.glob("checkpoint-*")):
@@ -971,17 +1005,22 @@ def claim_workspace(folder: Path, identity: str, fresh: bool) -> int:
                 remove(path)
         done = checkpoint.name.rpartition("-")[2]
         print(f"found an interrupted training: going on after step {done} of {left['steps']} (--fresh starts over)")
+        write_workspace(folder, identity, left["steps"])
         return left["steps"]
     if checkpoint:
         print("starting over" if fresh else "found an interrupted training of other data or settings: starting over")
     remove(folder)
+    write_workspace(folder, identity, 0)
     return 0
 
 
 def write_workspace(folder: Path, identity: str, steps: int) -> None:
+    """Note which training the folder belongs to, its planned steps (0 before they are known), and this process."""
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "run.json") as temporary:
-        temporary.write_text(json.dumps({"identity": identity, "steps": steps}), encoding="utf-8")
+        temporary.write_text(
+            json.dumps({"identity": identity, "steps": steps, "process": os.getpid()}), encoding="utf-8"
+        )
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -1151,11 +1190,12 @@ def weigh_tokens(model, texts: list[str], smoothing: float = 0.003) -> None:
     """Have mean pooling weigh each token by smoothing / (smoothing + its share of the texts' tokens).
 
     This is smooth inverse frequency (Arora, Liang and Ma, ICLR 2017), in the library's WordWeights module. A model that
-    does not pool over tokens, or weighs them already, is left as it is.
+    does not take the mean of its tokens, or weighs them already, is left as it is.
     """
     from sentence_transformers.sentence_transformer.modules import Pooling, WordWeights
 
-    place = next((place for place, module in enumerate(model) if isinstance(module, Pooling)), None)
+    pooled = (isinstance(module, Pooling) and module.pooling_mode == "mean" for module in model)
+    place = next((place for place, is_mean in enumerate(pooled) if is_mean), None)
     if place is None or any(isinstance(module, WordWeights) for module in model):
         return
     backend = model.tokenizer.backend_tokenizer
@@ -1333,8 +1373,11 @@ def save_model(model, folder: Path, evaluation: dict, texts: list[str]) -> None:
             json.dumps(evaluation, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
         (temporary / "report.html").write_text(report_page(evaluation, folder), encoding="utf-8")
-        with (temporary / "README.md").open("a", encoding="utf-8") as card:
-            card.write(render("model_card.md", evaluation=evaluation, folder=folder.name))
+        card = temporary / "README.md"
+        text = re.sub(r"WordWeights\(\{.*\}\)", "WordWeights", card.read_text(encoding="utf-8"))  # every token's weight
+        text = text.replace("sentence_transformers_model_id", folder.name)
+        text += render("model_card.md", evaluation=evaluation, folder=folder.name)
+        card.write_text(text, encoding="utf-8")
 
 
 def save_with_onnx(model, folder: Path, texts: list[str]) -> None:
@@ -1347,6 +1390,8 @@ def save_with_onnx(model, folder: Path, texts: list[str]) -> None:
 
     try:
         model.save_pretrained(str(folder), safe_serialization=True)
+        for weights in sorted(folder.rglob("*.safetensors")):  # which the library lets nobody else read
+            shutil.copymode(folder / "config.json", weights)
         export_onnx(model, folder, texts)
     except (RuntimeError, SafetensorError) as error:  # where others raise an OSError
         reason = str(error).splitlines()[0]
@@ -1515,19 +1560,29 @@ def run_identity(options: argparse.Namespace, base_folder: Path) -> str:
     """Return a hash of all that a training depends on: an interrupted one goes on only where it is the same."""
     names = ("training_data.tsv", "evaluation_data.tsv", "corpus.tsv")
     parts = [sha256_of(options.data_dir / name) for name in names] + [getattr(options, name) for name in SETTINGS]
-    parts += [config.TRAINING_TOKENS, config.QUESTION_WEIGHT, config.MAX_UNLABELLED_STEPS, processes()]
+    parts += [config.TRAINING_TOKENS, config.QUESTION_WEIGHT, config.MAX_UNLABELLED_STEPS, config.WATCHED_PASSAGES]
+    parts.append(processes())
     parts.append(model_fingerprint(base_folder))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def check_options(options: argparse.Namespace) -> None:
     """Refuse numbers that make no sense, and to put a model in the place of something else."""
-    for name, low, high in (("epochs", 1, 100), ("batch_size", 2, 65_536), ("max_steps", 0, 10**9)):
-        if not low <= getattr(options, name) <= high:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} is not from {low} to {high}")
+    whole = {"epochs": (1, 100), "batch_size": (2, 65_536), "max_steps": (0, 10**9), "seed": (0, 2**32 - 1)}
+    for name, (low, high) in whole.items():
+        if not (isinstance(value := getattr(options, name), int) and low <= value <= high):
+            raise UserError(f"--{name.replace('_', '-')} {value!r} is no whole number from {low} to {high}")
+    if options.loss not in ("mnrl", "triplet"):  # argparse looks at options only, not at config.LOSS
+        raise UserError(f"config.LOSS is {options.loss!r}; set it to mnrl or triplet")
     if not 0 < options.learning_rate <= 1:
         raise UserError(f"--learning-rate {options.learning_rate} is not above 0 and at most 1; try {2e-5}")
     target = options.model_dir.resolve()
+    if not options.model_dir.name:
+        raise UserError(f"--model-dir {options.model_dir} has no name of its own; name a folder in it")
+    if options.base_model and Path(options.base_model).resolve() == target:
+        raise UserError(
+            f"--base-model {options.base_model} is the --model-dir too; name another folder for one of them"
+        )
     for folder in (target, previous(target)):
         if folder.exists() and not (folder / "modules.json").exists() and (folder.is_file() or any(folder.iterdir())):
             raise UserError(f"{folder} holds something else than a model; name another --model-dir")
@@ -1558,7 +1613,7 @@ def fine_tune(
     together = plan_batches(rows, apart_keys(pairs), options.batch_size * processes(), steps, options.seed)
     parts = processes()  # all of them get as many rows
     batches = [rows[rank : len(rows) // parts * parts : parts] for rows in together for rank in range(parts)]
-    history, steps = train(model, columns, batches, watched, deadline, options)
+    trained = train(model, columns, batches, watched, deadline, options)
     alpha, alphas = choose_weights(model, base_weights, watched) if is_first_process() else (1.0, {})
     model.max_seq_length = window
     return {
@@ -1567,8 +1622,8 @@ def fine_tune(
         "settings": {name: getattr(options, name) for name in SETTINGS} | {"training_tokens": config.TRAINING_TOKENS},
         "letters_read_plainly": mended,
         "pairs": len(pairs),
-        "steps": steps,
-        "history": history,
+        **trained,
+        "trained_on": sorted({pair.source_file for pair in pairs}),
         "alpha": alpha,
         "nDCG@10_by_alpha": alphas,
         "versions": {name: metadata.version(name) for name in ("sentence-transformers", "transformers", "torch")},
@@ -1581,25 +1636,39 @@ def refuse_lesser_base(options: argparse.Namespace, note: str | None) -> None:
     installed = read_json(options.model_dir / "evaluation.json").get("base", {})
     if note and installed and not installed.get("note") and installed.get("used") != "packaged" and not options.force:
         raise UserError(
-            f"{options.model_dir} was tuned from {installed['used']}, which is not at hand now; --force replaces it"
-            " with one tuned from the packaged model, --model-dir DIR saves elsewhere"
+            f"{options.model_dir} was tuned from {installed['used']}, and the packaged model would stand in for"
+            f" {config.BASE_MODEL} now; --force replaces it, --model-dir DIR saves elsewhere"
         )
 
 
+def was_trained_on(queries: list[Query], evaluation: dict) -> np.ndarray:
+    """Tell of each query whether the model of this evaluation.json was trained on the document it is about."""
+    trained_on = set(evaluation.get("trained_on", []))
+    return np.array([query.source_file in trained_on for query in queries], dtype=bool)
+
+
 def worse_than_installed(ranks: np.ndarray, judged: HeldOut, model_dir: Path) -> str | None:
-    """Return how the model in model_dir finds more than these ranks on the same queries, or None if it does not."""
+    """Return how the model in model_dir finds more than these ranks on the same queries, or None if it does not.
+
+    Only queries about documents count that it was not trained on.
+    """
     if not judged.queries or not (model_dir / "modules.json").exists():
         return None
-    installed = read_json(model_dir / "evaluation.json").get("held_out", {})
-    if installed.get("fingerprint") == judged.fingerprint():
-        others = np.array(installed["ranks"])
-    else:
-        print("searching them with the installed model", file=sys.stderr)
-        try:
+    installed = read_json(model_dir / "evaluation.json")
+    held_out = installed.get("held_out", {})
+    try:
+        check_model(model_dir)
+        if held_out.get("fingerprint") == judged.fingerprint():
+            others = np.array(held_out["ranks"])
+        else:
+            print("searching them with the installed model", file=sys.stderr)
             others = judged.ranks(judged.similarities(load_model(model_dir, config.DEVICE)))
-        except UserError:  # a damaged one may be replaced
-            return None
-    new, old = (float(gains(own)["nDCG@10"][DECIDING].mean()) for own in (ranks, others))
+    except UserError:  # a damaged one may be replaced
+        return None
+    fair = ~was_trained_on(judged.queries, installed)[DECIDING]
+    if not fair.any():
+        return None
+    new, old = (float(gains(own)["nDCG@10"][DECIDING][fair].mean()) for own in (ranks, others))
     return f"nDCG@10 {old:.3f} for the installed model, {new:.3f} for this one" if new < old else None
 
 
@@ -1657,7 +1726,9 @@ def decide(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, kept_base: bool
     result = judge(judged, base, tuned, kept_base, options) | {"rejected": None}
     if result["comparison"]["verdict"] == "worse":
         worse = result["comparison"]
-        print_comparison(worse, options.quiet, "the fine-tuned model searches worse, so the base is kept:")
+        if not options.quiet:
+            print("the fine-tuned model searches worse, so the base is kept:")
+            print_details(worse)
         result = judge(judged, base, base, True, options) | {"rejected": worse}
         result |= {"alpha": 0.0, "spread": False, "letters_read_plainly": []}
     return result
@@ -1683,6 +1754,12 @@ def read_held_out(options: argparse.Namespace) -> tuple[HeldOut, HeldOut]:
 def evaluate_saved(options: argparse.Namespace) -> dict:
     """Compare the saved model with its base on the held-out queries, on the half that decides."""
     judged, _ = read_held_out(options)
+    trained = was_trained_on(judged.queries, read_json(options.model_dir / "evaluation.json"))
+    if trained.any():
+        warn(
+            f"{trained.sum()} of the {len(trained)} held-out queries are about documents that the saved model was"
+            " trained on: of these, a verdict says little"
+        )
     base, saved, kept_base = load_base_and_saved(options)
     return judge(judged, judged.similarities(base), judged.similarities(saved), kept_base, options)["comparison"]
 
@@ -1697,11 +1774,13 @@ def evaluate_questions(options: argparse.Namespace) -> dict:
     passages = read_passages(options.documents_root, paths, config.MAX_PASSAGE_CHARS, config.MAX_DOCUMENT_MB)
     distinct = {passage.model_text: passage for passage in reversed(passages)}
     given = [(place, one) for place, one in asked if one.passage.strip()]
-    answers = dict(find_answers(given, passages, options.documents_root))
-    texts = list(dict.fromkeys(" ".join(one.question.split()) for _, one in asked))
-    known = [place for place, text in enumerate(texts) if text in answers]
-    right = [(texts[place], answers[texts[place]]) for place in known]
-    answered = [Query(text, passage.model_text, "question", passage.source_file) for text, passage in right]
+    answers: dict[str, list[Passage]] = defaultdict(list)
+    for text, passage in find_answers(given, passages, options.documents_root):
+        answers[fold(text)].append(passage)
+    texts = list({fold(text): text for text in (" ".join(one.question.split()) for _, one in reversed(asked))}.values())
+    known = [place for place, text in enumerate(texts) if fold(text) in answers]
+    firsts = [(texts[place], answers[fold(texts[place])][0]) for place in known]
+    answered = [Query(text, passage.model_text, "question", passage.source_file) for text, passage in firsts]
     searched = HeldOut(answered, [CorpusPassage(text, passage.source_file) for text, passage in distinct.items()])
     warn_of_trained(answered, options.data_dir)
     base, saved, kept_base = load_base_and_saved(options)
@@ -1709,8 +1788,16 @@ def evaluate_questions(options: argparse.Namespace) -> dict:
     scores = [queries @ passages.T for queries, passages in vectors]
     found = list(distinct.values())
     for place, text in enumerate(texts) if not options.quiet else ():
-        print_side_by_side(text, [own[place] for own in scores], found, answers.get(text))
-    return compare(answered, *(searched.ranks(own[known]) for own in scores), kept_base, options.seed)
+        right = {passage.model_text for passage in answers.get(fold(text), [])}
+        print_side_by_side(text, [own[place] for own in scores], found, right)
+    places = {text: place for place, text in enumerate(distinct)}
+    ranks = []
+    for own in scores:  # of a query's answers, the one that a model finds first counts
+        right = ([places[one.model_text] for one in answers[fold(texts[place])]] for place in known)
+        nearest = [max(those, key=own[place].__getitem__) for place, those in zip(known, right, strict=True)]
+        searched.answers = np.array(nearest, dtype=np.int64)
+        ranks.append(searched.ranks(own[known]))
+    return compare(answered, *ranks, kept_base, options.seed)
 
 
 def warn_of_trained(queries: list[Query], data_dir: Path) -> None:
@@ -1721,8 +1808,11 @@ def warn_of_trained(queries: list[Query], data_dir: Path) -> None:
             warn(f"{count} of the {len(queries)} queries with an answer are trained on ({data_dir}/training_data.tsv)")
 
 
-def print_side_by_side(query: str, scores: list[np.ndarray], passages: list[Passage], answer: Passage | None) -> None:
-    """Print the passages that two models find first for a query, each with its rank in the other's list."""
+def print_side_by_side(query: str, scores: list[np.ndarray], passages: list[Passage], answers: set[str]) -> None:
+    """Print the passages that two models find first for a query, each with its rank in the other's list.
+
+    answers: what a model reads of the passages that answer, which are marked.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -1737,13 +1827,12 @@ def print_side_by_side(query: str, scores: list[np.ndarray], passages: list[Pass
         cells = []
         for place, own, other in zip(places, ranks, reversed(ranks), strict=True):
             passage = passages[place]
-            mark = "✓ " if answer and passage.model_text == answer.model_text else ""
-            text = textwrap.shorten(plain_text(passage.text), 150, placeholder=" …")
-            cells.append(
-                Text(f"{own[place]}. (other: {other[place]}.) {mark}{passage.source_file}:{passage.start_line}\n{text}")
-            )
+            mark = "✓ " if passage.model_text in answers else ""
+            where = printable(f"{passage.source_file}:{passage.start_line}")
+            text = printable(textwrap.shorten(plain_text(passage.text), 150, placeholder=" …"))
+            cells.append(Text(f"{own[place]}. (other: {other[place]}.) {mark}{where}\n{text}"))
         table.add_row(*cells)
-    console.print(Text(query, style="bold"), table, "")
+    console.print(Text(printable(query), style="bold"), table, "")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -1821,6 +1910,8 @@ def main(argv: list[str] | None = None) -> None:
     result = decide(judged, base, tuned, kept_base, options)
     if result["rejected"]:
         model = load_model(base_folder, config.DEVICE)
+    if kept_base or result["rejected"]:
+        evaluation["trained_on"] = []
     evaluation |= result | {
         "base": {"wanted": wanted, "used": "packaged" if note else wanted, "note": note},
         "data": read_json(options.data_dir / "data_report.json"),
@@ -1833,7 +1924,7 @@ def finish(model, evaluation: dict, judged: HeldOut, options: argparse.Namespace
     """Save the model unless the installed one searches better; print the comparison."""
     better = worse_than_installed(np.array(evaluation["held_out"]["ranks"]), judged, options.model_dir)
     if better and not options.force:
-        summary = f"not saved, the installed model searches better: {better}; --force replaces it"
+        summary = f"not saved, the installed model searches better: {better}; --force trains once more and replaces it"
     else:
         save_model(model, options.model_dir, evaluation, judged.passages[:64])
         summary = (

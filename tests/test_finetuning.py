@@ -23,7 +23,7 @@ from sentence_transformers.base.modules import Dense
 import config
 import run_finetuning
 from config import UserError
-from prepare_finetuning_data import CorpusPassage, Pair, Query, read_corpus, write_tsv
+from prepare_finetuning_data import CorpusPassage, Pair, Query, read_corpus, read_queries, write_tsv
 from run_finetuning import Encoder, HeldOut, compare, confidence_interval, gains, load_model, model_fingerprint
 
 VERDICT = re.compile(
@@ -51,6 +51,14 @@ def evaluation_of(model_dir: Path) -> dict:
 def installed(chain, tmp_path) -> Path:
     """A copy of the fine-tuned model that a test may replace."""
     return shutil.copytree(chain.model, tmp_path / "models" / "tuned")
+
+
+@pytest.fixture
+def unjudged(chain, tmp_path) -> Path:
+    """The small project's data without held-out queries, so that the trained weights are saved whatever they find."""
+    data = shutil.copytree(chain.data, tmp_path / "unjudged")
+    write_tsv(data / "evaluation_data.tsv", [], Query._fields)
+    return data
 
 
 # ---------------------------------------------------------------------------------------- the saved model
@@ -81,6 +89,49 @@ def test_a_model_of_the_multilingual_shape_is_tuned_and_saved_the_same_way(chain
     modules = json.loads((tmp_path / "model" / "modules.json").read_text(encoding="utf-8"))
     assert [row["type"].rpartition(".")[2] for row in modules][:2] == ["Transformer", "Pooling"]
     assert "Normalize" not in str(modules), "no Normalize module is added"
+
+
+def changed_copy(model: Path, folder: Path, change) -> Path:
+    """Return a copy of a model that change has been applied to as a SentenceTransformer."""
+    from sentence_transformers import SentenceTransformer
+
+    loaded = SentenceTransformer(str(model), device="cpu")
+    change(loaded)
+    loaded.save_pretrained(str(folder))
+    return folder
+
+
+def test_a_base_in_half_precision_or_with_a_prompt_of_its_own_gives_a_model_that_can_be_used(
+    chain, unjudged, tmp_path, tiny_model
+):
+    def with_prompt(model):
+        model.prompts, model.default_prompt_name = {"query": "query: "}, "query"
+
+    for name, change in (("half", lambda model: model.half()), ("prompt", with_prompt)):
+        base = changed_copy(tiny_model, tmp_path / name, change)
+        for data in (chain.data, unjudged):
+            assert train(data, tmp_path / f"{name}-tuned", base, "--force") == 0
+            assert_same_embeddings(tmp_path / f"{name}-tuned", TEXTS)
+        assert model_fingerprint(tmp_path / f"{name}-tuned") != model_fingerprint(base)
+
+
+def test_a_saved_models_weights_may_be_read_by_whom_its_other_files_may_and_its_card_is_short(installed):
+    weights = sorted(installed.rglob("*.safetensors"))
+    assert weights and {path.stat().st_mode for path in weights} == {(installed / "config.json").stat().st_mode}
+    card = (installed / "README.md").read_text(encoding="utf-8")
+    assert len(card) < 40_000 and "[PAD]" not in card and "sentence_transformers_model_id" not in card
+
+
+def test_tokens_are_weighed_only_where_their_mean_is_taken(tiny_model, tmp_path):
+    from sentence_transformers.sentence_transformer.modules import Pooling, WordWeights
+
+    def pool_first(model):
+        model[1] = Pooling(32, "cls")
+
+    for folder, weighed in ((changed_copy(tiny_model, tmp_path / "cls", pool_first), False), (tiny_model, True)):
+        model = load_model(folder, "cpu")
+        run_finetuning.weigh_tokens(model, TEXTS)
+        assert any(isinstance(module, WordWeights) for module in model) == weighed
 
 
 def test_spreading_takes_the_root_of_how_unevenly_vectors_fill_their_directions():
@@ -318,10 +369,101 @@ def test_a_file_of_own_queries_that_holds_none_is_one_line(chain, installed, tmp
     assert str(path) in error_line(capsys.readouterr().err)
 
 
-def test_the_same_seed_trains_the_same_weights(chain, tmp_path):
-    for name in ("a", "b"):
-        assert train(chain.data, tmp_path / name, chain.base) == 0
-    assert model_fingerprint(tmp_path / "a") == model_fingerprint(tmp_path / "b")
+def test_the_same_seed_trains_the_same_weights_and_another_seed_others(chain, unjudged, tmp_path):
+    for name, seed in (("a", 42), ("b", 42), ("c", 7)):
+        assert train(unjudged, tmp_path / name, chain.base, "--seed", seed) == 0
+    a, b, c = (model_fingerprint(tmp_path / name) for name in "abc")
+    assert a == b != c != model_fingerprint(chain.base) != a
+
+
+def test_own_queries_with_several_answers_count_by_the_one_found_first(chain, installed, tmp_path, capsys):
+    answer = "The database is dumped every night at two o'clock."
+    other = "Clients must treat unknown fields as harmless, because new ones are added without notice."
+    question = "The database is dumped every night"
+    for lines in (
+        f"{question}\t{answer}\n{question.upper()}\t{other}\n",
+        f"{question}\t{other}\n{question}\t{answer}\n",
+    ):
+        assert ask_models(chain, installed, tmp_path / "queries.tsv", lines) == 0
+        out = capsys.readouterr().out
+        assert VERDICT.fullmatch(out.splitlines()[-1])[2] == "1.000" and "1 queries" in out.splitlines()[-1]
+
+
+def test_documents_shown_beside_queries_do_not_steer_the_terminal(chain, installed, tmp_path, capsys):
+    (chain_copy := tmp_path / "documents").mkdir()
+    (chain_copy / "a.md").write_text("# A\n\nThe dump \x1b]0;title\x07 is written.\n", encoding="utf-8")
+    (tmp_path / "queries.txt").write_text("dump \x1b[2J\n", encoding="utf-8")
+    arguments = ["--questions", tmp_path / "queries.txt", "--model-dir", installed, "--base-model", chain.base]
+    assert exit_status(run_finetuning.main, [*arguments, "--documents-root", chain_copy, "--documents", "*.md"]) == 0
+    out = capsys.readouterr().out
+    assert "is written" in out and "\x1b" not in out
+
+
+def test_what_was_trained_on_is_told_by_evaluate_only_and_does_not_shield_the_installed_model(
+    chain, installed, monkeypatch, capsys
+):
+    arguments = ["--data-dir", chain.data, "--model-dir", installed, "--base-model", chain.base, "--evaluate-only"]
+    evaluation = evaluation_of(installed)
+    judged = HeldOut(read_queries(chain.data), read_corpus(chain.data))
+    files = sorted({query.source_file for query in judged.queries[run_finetuning.DECIDING]})
+    ranks = np.zeros(len(judged.queries), dtype=int)
+    evaluation["held_out"] = {"fingerprint": judged.fingerprint(), "ranks": [1] * len(ranks)}
+    for trained_on, better in (([], True), (files, False)):
+        (installed / "evaluation.json").write_text(json.dumps(evaluation | {"trained_on": trained_on}))
+        assert bool(run_finetuning.worse_than_installed(ranks, judged, installed)) == better
+        assert exit_status(run_finetuning.main, arguments) == 0
+        assert ("was trained on" in capsys.readouterr().err) != better
+    (installed / "evaluation.json").write_text(json.dumps(evaluation | {"trained_on": []}))
+    weights = installed / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert run_finetuning.worse_than_installed(ranks, judged, installed) is None
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [(["--seed", "-1"], "--seed"), (["--model-dir", "."], "--model-dir"), (["--epochs", "0"], "--epochs")],
+)
+def test_options_that_make_no_sense_are_one_line(chain, tmp_path, capsys, monkeypatch, more, named):
+    monkeypatch.chdir(tmp_path)
+    assert train(chain.data, tmp_path / "model", chain.base, *more) == 2
+    assert named in error_line(capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_base_is_not_replaced_by_what_is_tuned_from_it(chain, installed, capsys):
+    before = snapshot(installed)
+    assert train(chain.data, installed, installed) == 2
+    assert "--base-model" in error_line(capsys.readouterr().err)
+    assert snapshot(installed) == before
+
+
+def test_a_setting_of_the_loss_that_makes_no_sense_is_one_line(chain, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(config, "LOSS", "MNRL")
+    assert train(chain.data, tmp_path / "model", chain.base) == 2
+    assert "config.LOSS" in error_line(capsys.readouterr().err)
+
+
+def test_a_training_that_runs_is_not_gone_on_with_by_another(chain, installed, capsys):
+    folder = run_finetuning.workspace(installed)
+    run_finetuning.write_workspace(folder, "identity", 10)
+    note = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    assert note["process"] == os.getpid()
+    (folder / "run.json").write_text(json.dumps(note | {"process": os.getppid()}), encoding="utf-8")
+    before = snapshot(installed.parent)
+    assert train(chain.data, installed, chain.base) == 2
+    assert f"process {os.getppid()}" in error_line(capsys.readouterr().err)
+    assert snapshot(installed.parent) == before
+
+
+def test_a_full_disk_at_a_checkpoint_is_one_line(chain, installed, monkeypatch, capsys):
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    before = snapshot(installed)
+    monkeypatch.setattr(torch, "save", full)
+    assert train(chain.data, installed, chain.base) == 2
+    assert "make room" in error_line(capsys.readouterr().err)
+    assert snapshot(installed) == before
 
 
 def test_triplets_are_mined_where_the_pairs_have_no_negative(chain, tmp_path):
@@ -335,13 +477,14 @@ def test_triplets_are_mined_where_the_pairs_have_no_negative(chain, tmp_path):
     assert list(run_finetuning.training_columns([pairs[0]._replace(negative=""), *pairs])) == ["anchor", "positive"]
 
 
-def test_a_mined_negative_stays_below_95_percent_of_its_positives_similarity(chain):
+def test_a_mined_negative_stays_below_95_percent_of_its_positives_similarity(chain, capsys):
     from prepare_finetuning_data import read_pairs
 
     model = load_model(chain.base, "cpu")
     pairs = read_pairs(chain.data)
     mined = run_finetuning.mine_negatives(pairs, model)
     assert mined
+    assert f"{len(mined)} of {len(pairs)} pairs have a hard negative" in capsys.readouterr().err
     anchors, positives, negatives = (
         model.encode([pair[column] for pair in mined], normalize_embeddings=True) for column in range(3)
     )
@@ -351,10 +494,8 @@ def test_a_mined_negative_stays_below_95_percent_of_its_positives_similarity(cha
     assert (wrong <= 0.95 * right + 1e-4).all()
 
 
-def test_data_without_held_out_queries_trains_and_says_that_the_verdict_is_unknown(chain, tmp_path, capsys):
-    data = shutil.copytree(chain.data, tmp_path / "data")
-    write_tsv(data / "evaluation_data.tsv", [], Query._fields)
-    assert train(data, tmp_path / "model", chain.base, "--learning-rate", "0.001") == 0
+def test_data_without_held_out_queries_trains_and_says_that_the_verdict_is_unknown(chain, unjudged, tmp_path, capsys):
+    assert train(unjudged, tmp_path / "model", chain.base, "--learning-rate", "0.001") == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("VERDICT unknown")
     assert model_fingerprint(tmp_path / "model") != model_fingerprint(chain.base), "training changes the weights"
     assert evaluation_of(tmp_path / "model")["comparison"]["verdict"] == "unknown"
@@ -437,8 +578,17 @@ def test_a_model_whose_weights_are_no_numbers_is_never_saved(chain, installed):
     assert snapshot(installed.parent) == before
 
 
-def kill_after_a_checkpoint(chain, model_dir: Path) -> None:
-    arguments = ["--data-dir", chain.data, "--model-dir", model_dir, "--base-model", chain.base, "--batch-size", 8]
+def kill_after_a_checkpoint(chain, model_dir: Path, data: Path | None = None) -> None:
+    arguments = [
+        "--data-dir",
+        data or chain.data,
+        "--model-dir",
+        model_dir,
+        "--base-model",
+        chain.base,
+        "--batch-size",
+        8,
+    ]
     process = start_script("run_finetuning.py", *arguments, "--max-steps", 120)
     folder = run_finetuning.workspace(model_dir)
     reached = wait_until(lambda: list(folder.glob(f"*/{run_finetuning.COMPLETE}")), process)
@@ -447,20 +597,24 @@ def kill_after_a_checkpoint(chain, model_dir: Path) -> None:
     assert reached and process.returncode == -signal.SIGKILL
 
 
-def test_training_that_is_killed_leaves_the_old_model_and_the_next_run_goes_on(chain, installed, tmp_path, capsys):
+def test_training_that_is_killed_leaves_the_old_model_and_the_next_run_goes_on(
+    chain, unjudged, installed, tmp_path, capsys
+):
     before = snapshot(installed)
-    kill_after_a_checkpoint(chain, installed)
+    kill_after_a_checkpoint(chain, installed, unjudged)
     assert snapshot(installed) == before
     half = run_finetuning.workspace(installed) / "checkpoint-119"  # as a kill in the middle of writing leaves it
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
-    assert train(chain.data, installed, chain.base, "--max-steps", 120, "--force") == 0
+    assert train(unjudged, installed, chain.base, "--max-steps", 120, "--force") == 0
     assert re.search(r"going on after step (30|60|90) of 120", capsys.readouterr().out)
     assert snapshot(config.previous(installed)) == before
     assert {path.name for path in installed.parent.iterdir()} == {"tuned", "tuned.previous"}
-    assert train(chain.data, tmp_path / "straight", chain.base, "--max-steps", 120) == 0
-    gone_on, straight = (load_model(folder, "cpu").encode(TEXTS) for folder in (installed, tmp_path / "straight"))
+    assert train(unjudged, tmp_path / "straight", chain.base, "--max-steps", 120) == 0
+    folders = (installed, tmp_path / "straight", chain.base)
+    gone_on, straight, base = (load_model(folder, "cpu").encode(TEXTS) for folder in folders)
     assert np.allclose(gone_on, straight, atol=1e-4), "going on ends where an undisturbed run ends"
+    assert not np.allclose(gone_on, base, atol=1e-2)
 
 
 def test_a_damaged_checkpoint_is_not_gone_on_with(chain, installed, capsys):
@@ -494,7 +648,7 @@ def test_a_damaged_note_of_an_interrupted_training_starts_it_over(tmp_path, cont
     (tmp_path / "checkpoint-30").mkdir()
     (tmp_path / "run.json").write_text(content, encoding="utf-8")
     assert run_finetuning.claim_workspace(tmp_path, "identity", fresh=False) == 0
-    assert not tmp_path.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 @pytest.mark.parametrize(
@@ -608,6 +762,8 @@ def test_where_two_models_find_the_same_no_number_of_queries_is_said_to_tell_the
     ranks = np.array([1, 0] * 40)
     result = compare(queries_of(80), ranks, ranks, False, 1)
     assert result["verdict"] == "unchanged" and result["queries_needed"] is None
+    ranks = np.arange(100) % 10 + 1
+    assert compare(queries_of(100), ranks, ranks[::-1], False, 1)["queries_needed"] is None
     run_finetuning.print_comparison(result)
     assert "would" not in capsys.readouterr().out
 
