@@ -926,20 +926,10 @@ def train(
 def trainer_of(batches: list[list[int]]) -> type:
     """Return the library's trainer as a class that trains on these batches in their order."""
     from sentence_transformers import SentenceTransformerTrainer
-    from sentence_transformers.base.sampler import DefaultBatchSampler
-
-    class PlannedBatches(DefaultBatchSampler):
-        def __iter__(self):
-            return iter(batches)
-
-        def __len__(self):
-            return len(batches)
 
     class Trainer(SentenceTransformerTrainer):
-        def get_batch_sampler(self, dataset, batch_size, drop_last, **kwargs):
-            sampler = PlannedBatches(dataset, batch_size, drop_last)
-            sampler.batch_size = None  # accelerate would drop those that are shorter
-            return sampler
+        def get_batch_sampler(self, *args, **kwargs):
+            return batches  # a list will do, and tells no batch size, by which accelerate would drop shorter ones
 
     return Trainer
 
