@@ -576,28 +576,18 @@ class Passages(Sequence):
         return orjson.loads(line.removesuffix(b","))
 
 
-def read_metadata(path: Path) -> tuple[dict, Passages]:
-    """Return the header and the passages of metadata.json; raises what read_header does."""
-    header, content = open_metadata(path, whole=True)
-    start = content.index(b"\n") + 1
-    if header.get("checksum") != f"{zlib.crc32(memoryview(content)[start:]):08x}":
-        raise UserError(damaged(path))
-    return header, Passages(content)
-
-
 def read_header(path: Path) -> dict:
-    """Return metadata.json without its passages, reading two lines of it.
-
-    Raises:
-        UserError: the file is missing, its header is damaged or of another format.
-    """
-    return open_metadata(path, whole=False)[0]
+    """Return metadata.json without its passages, reading two lines of it; raises what read_metadata does."""
+    return read_metadata(path, header_only=True)[0]
 
 
-def open_metadata(path: Path, whole: bool) -> tuple[dict, bytes]:
-    """Return the header, and what was read: two lines, or the whole file.
+def read_metadata(path: Path, header_only: bool = False) -> tuple[dict, Passages]:
+    """Return the header and the passages of metadata.json, or no passages.
 
     The file is opened once: a commit in the meantime puts another in its place and leaves this one as it is.
+
+    Raises:
+        UserError: the file is missing, damaged or of another format.
     """
     try:
         with path.open("rb") as file:
@@ -606,13 +596,16 @@ def open_metadata(path: Path, whole: bool) -> tuple[dict, bytes]:
             if header.get("format") != FORMAT:
                 found = f"{path} has format {header.get('format')}, not {FORMAT}"
                 raise UserError(f"{found}; run {build_command(path.parent, header)} to build it anew")
-            if header.get("header_checksum") != f"{zlib.crc32(second):08x}" or not names_own_files(header):
-                raise UserError(damaged(path))
-            return header, first + second + file.read() if whole else first + second
+            rest = b"" if header_only else file.read()
     except FileNotFoundError:
         raise UserError(f"no index in {path.parent}; run {build_command(path.parent)} first") from None
     except ValueError:
         raise UserError(damaged(path)) from None
+    checksum = zlib.crc32(second)
+    unharmed = header_only or header.get("checksum") == f"{zlib.crc32(rest, checksum):08x}"
+    if header.get("header_checksum") != f"{checksum:08x}" or not unharmed or not names_own_files(header):
+        raise UserError(damaged(path))
+    return header, Passages(first + second + rest)
 
 
 def names_own_files(header: dict) -> bool:
