@@ -129,30 +129,22 @@ def mend_tokenizer(model, texts: list[str]) -> list[str]:
     from tokenizers import normalizers
 
     backend = model.tokenizer.backend_tokenizer
-    words: dict[str, dict[str, None]] = {}
-    for word in (word for text in texts for word in text.split() if not word.isascii()):
-        for letter in sorted(set(word)):
-            if letter.isalpha() and fold(letter).isascii() and len(words.setdefault(letter, {})) < 500:
-                words[letter][word] = None
 
     def tokens(of: list[str]) -> int:
         return sum(sum(one.attention_mask) for one in backend.encode_batch(of, add_special_tokens=False))
 
-    rules = {
-        letter: fold(letter).upper() if letter.isupper() else fold(letter)
-        for letter in sorted(words)
-        if not letter.isascii()
-    }
-    mended = [
-        letter
-        for letter, plain in rules.items()
-        if len(words[letter]) >= 20
-        and tokens([word.replace(letter, plain) for word in words[letter]]) < 0.9 * tokens(list(words[letter]))
-    ]
-    if mended:
-        replacements = [normalizers.Replace(letter, rules[letter]) for letter in mended]
+    words = dict.fromkeys(word for text in texts for word in text.split() if not word.isascii())
+    rules = {}
+    for letter in sorted(set("".join(words))):
+        if letter.isalpha() and not letter.isascii() and fold(letter).isascii():
+            plain = fold(letter).upper() if letter.isupper() else fold(letter)
+            own = list(itertools.islice((word for word in words if letter in word), 500))
+            if len(own) >= 20 and tokens([word.replace(letter, plain) for word in own]) < 0.9 * tokens(own):
+                rules[letter] = plain
+    if rules:
+        replacements = itertools.starmap(normalizers.Replace, rules.items())
         backend.normalizer = normalizers.Sequence([*replacements, *filter(None, [backend.normalizer])])
-    return mended
+    return list(rules)
 
 
 # ----------------------------------------------------------------------------------- held-out evaluation
