@@ -795,10 +795,8 @@ def plan_batches(
         taken: set[str] = set()
         passed: list[int] = []
         fresh = False
-        while len(batch) < batch_size:
+        while len(batch) < batch_size and (waiting or not fresh):  # all rows together need not make a full batch
             if not waiting:
-                if fresh:
-                    break  # all rows do not make a full batch
                 waiting, passed, fresh = rng.sample(rows, len(rows)), [], True
             row = waiting.pop()
             if taken.isdisjoint(keys[row]):
@@ -1098,13 +1096,11 @@ def progress_callback(steps: int, deadline: float):
 
 def history_of(log_history: list[dict]) -> list[dict]:
     """Return the trainer's log as one dict a step: step, loss, held-out nDCG@10."""
+    names = {"loss": "loss", "eval_ndcg@10": "nDCG@10"}
     history: dict[int, dict] = {}
     for entry in log_history:
         row = history.setdefault(entry["step"], {"step": entry["step"]})
-        if "loss" in entry:
-            row["loss"] = entry["loss"]
-        if "eval_ndcg@10" in entry:
-            row["nDCG@10"] = entry["eval_ndcg@10"]
+        row |= {name: entry[key] for key, name in names.items() if key in entry}
     return [row for row in history.values() if len(row) > 1]
 
 
