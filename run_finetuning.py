@@ -1110,26 +1110,27 @@ def choose_weights(model, base_weights: dict, choosing: HeldOut) -> tuple[float,
     Weights between the two often search better than either (WiSE-FT; Wortsman et al., CVPR 2022). Where alpha 0, the
     base, has the highest mean, it is taken; else the largest alpha that is_as_good as the best.
     """
-    tuned_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-    def set_alpha(alpha: float) -> None:
-        mixed = {
-            name: base_weights[name].lerp(value, alpha) if value.is_floating_point() else value
-            for name, value in tuned_weights.items()
-        }
-        model.load_state_dict(mixed)
-
     if not choosing.queries:
         return 1.0, {}
+    tuned_weights = {name: value.clone() for name, value in model.state_dict().items()}
     by_alpha = {}
     for alpha in (0.0, 0.25, 0.5, 0.75, 1.0):
-        set_alpha(alpha)
+        mix_weights(model, base_weights, tuned_weights, alpha)
         by_alpha[alpha] = gains(choosing.ranks(choosing.similarities(model)))["nDCG@10"]
     best = max(by_alpha, key=lambda alpha: (by_alpha[alpha].mean(), -alpha))
     if best:
         best = max(alpha for alpha, own in by_alpha.items() if is_as_good(own, by_alpha[best]))
-    set_alpha(best)
+    mix_weights(model, base_weights, tuned_weights, best)
     return best, {alpha: float(own.mean()) for alpha, own in by_alpha.items()}
+
+
+def mix_weights(model, base_weights: dict, tuned_weights: dict, alpha: float) -> None:
+    """Set the model to the weights that lie the part alpha of the way from the base's to the tuned ones."""
+    mixed = {
+        name: base_weights[name].lerp(value, alpha) if value.is_floating_point() else value
+        for name, value in tuned_weights.items()
+    }
+    model.load_state_dict(mixed)
 
 
 def spread_out(model, judged: HeldOut, watched: HeldOut, pairs: list[Pair], power: float) -> tuple[np.ndarray, bool]:
@@ -1230,11 +1231,7 @@ def step_back(model, base_folder: Path, alpha: float) -> float:
     """
     cautious = min(alpha, CAUTIOUS_ALPHA)
     base_weights = load_model(base_folder, model.device).state_dict()
-    mixed = {
-        name: base_weights[name].lerp(value, cautious / alpha) if alpha and value.is_floating_point() else value
-        for name, value in model.state_dict().items()
-    }
-    model.load_state_dict(mixed)
+    mix_weights(model, base_weights, model.state_dict(), cautious / alpha if alpha else 1.0)
     return cautious
 
 
@@ -1580,7 +1577,7 @@ def fine_tune(
     columns = training_columns(pairs)
     max_unlabelled = config.MAX_UNLABELLED_STEPS * options.batch_size
     rows = plan_rows(pairs, options.epochs, config.QUESTION_WEIGHT, max_unlabelled, options.seed)
-    base_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    base_weights = {name: value.clone() for name, value in model.state_dict().items()}
     window, model.max_seq_length = model.max_seq_length, min(model.max_seq_length, config.TRAINING_TOKENS)
     if is_first_process() and not planned:
         step_seconds = seconds_per_step(model, make_loss(options.loss, model), columns, rows, options.batch_size)
