@@ -41,7 +41,6 @@ import urllib.parse
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -227,8 +226,7 @@ def sentences(text: str) -> list[str]:
 # ----------------------------------------------------------------------------------- passages of a document
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """A paragraph, list, table, fence or quotation, or a piece of a long one. Lines count from 1, both included."""
 
     heading: tuple[str, ...]
@@ -237,8 +235,7 @@ class Block:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Passage:
+class Passage(NamedTuple):
     """What is embedded and found: consecutive blocks under one heading.
 
     heading: the path of headings above the passage, then the first words of the list items it stands in.
@@ -377,9 +374,8 @@ def cut_node(node, lines: list[str], heading: tuple[str, ...], max_chars: int) -
     elif node.type == "table":
         yield from cut_table(lines, start, end, heading, max_chars)
     elif node.type in ("fence", "html_block"):
-        rows = (Block(heading, number + 1, number + 1, lines[number]) for number in range(start, end))
-        for row in rows:
-            yield from cut_line(row, max_chars)
+        for number in range(start, end):
+            yield from cut_line(Block(heading, number + 1, number + 1, lines[number]), max_chars)
     else:
         yield from cut_paragraph(text, start + 1, heading, max_chars)
 
@@ -405,11 +401,11 @@ def cut_paragraph(text: str, start_line: int, heading: tuple[str, ...], max_char
 
 def cut_line(block: Block, max_chars: int) -> Iterator[Block]:
     """Cut a sentence or line that is longer than max_chars at spaces, and a word that is longer anywhere."""
-    fits = len(block.text) <= max_chars
-    for piece in (
-        [block.text] if fits else textwrap.wrap(block.text, max_chars, replace_whitespace=False, expand_tabs=False)
-    ):
-        yield Block(block.heading, block.start_line, block.end_line, piece)
+    if len(block.text) <= max_chars:
+        yield block
+    else:
+        for piece in textwrap.wrap(block.text, max_chars, replace_whitespace=False, expand_tabs=False):
+            yield block._replace(text=piece)
 
 
 def pack(blocks: Iterable[Block], max_chars: int) -> Iterator[list[Block]]:
