@@ -61,6 +61,7 @@ from prepare_finetuning_data import (
     cut_passages,
     find_documents,
     find_model,
+    has_utf8_name,
     is_document,
     matches,
     read_document,
@@ -766,11 +767,6 @@ def list_backups(index_dir: Path) -> None:
         print(config.printable(line))
 
 
-def file_state(path: Path) -> list:
-    """Return [bytes, modified in ns, SHA-256] of a file."""
-    return [path.stat().st_size, path.stat().st_mtime_ns, sha256_of(path)]
-
-
 def is_untouched(path: Path, state: list) -> bool:
     with contextlib.suppress(OSError):
         return [path.stat().st_size, path.stat().st_mtime_ns] == state[:2]
@@ -787,27 +783,21 @@ def file_changed(path: Path, state: list) -> bool:
 
 
 def document_states(documents_root: Path, paths: list[Path]) -> dict[str, list]:
-    """Return file_state of each document by its path relative to the root."""
+    """Return [bytes, modified in ns, SHA-256] of each document by its path relative to the root."""
     root = documents_root.resolve()
     states = {}
     for path in paths:
-        name = path.relative_to(root).as_posix()
         try:
-            name.encode()
-            states[name] = file_state(path)
-        except UnicodeEncodeError:
-            warn(f"{path}: the file's name is not UTF-8, skipped; rename it")
+            state = [path.stat().st_size, path.stat().st_mtime_ns, sha256_of(path)]
+            states[path.relative_to(root).as_posix()] = state
         except OSError as error:
             warn(f"{path}: {error.strerror}, skipped")
     return states
 
 
 def can_be_indexed(path: Path, root: Path) -> bool:
-    """Tell whether document_states would take up a file that matches a glob."""
-    with contextlib.suppress(UnicodeEncodeError):
-        str(path).encode()
-        return is_document(path, root) and os.access(path, os.R_OK)
-    return False
+    """Tell whether find_documents and document_states would take up a file that matches a glob."""
+    return is_document(path, root) and has_utf8_name(path) and os.access(path, os.R_OK)
 
 
 def scripts_digest() -> str:

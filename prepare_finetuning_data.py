@@ -78,7 +78,14 @@ def find_documents(documents_root: Path, patterns: list[str]) -> list[Path]:
         found |= documents
     if not found:
         raise UserError(f"no documents in {documents_root}; set TARGET_DOCUMENTS in config.py or give --documents")
-    return sorted(found)
+    for path in sorted(found):
+        if not has_utf8_name(path):
+            warn(f"{path}: the file's name is not UTF-8, skipped; rename it")
+    return sorted(filter(has_utf8_name, found))
+
+
+def has_utf8_name(path: Path) -> bool:
+    return str(path) == str(path).encode(errors="replace").decode()
 
 
 def matches(root: Path, pattern: str) -> set[Path]:
@@ -102,14 +109,10 @@ def is_document(path: Path, root: Path) -> bool:
 def read_document(path: Path, max_mb: float) -> str | None:
     """Return a document's text in NFC with "\\n" line ends and no BOM, or None after one line of warning."""
     try:
-        str(path).encode()
         if path.stat().st_size > max_mb * 1e6:
             warn(f"{path}: larger than {max_mb:g} MB, skipped (config.MAX_DOCUMENT_MB)")
             return None
         text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeEncodeError:
-        warn(f"{path}: the file's name is not UTF-8, skipped; rename it")
-        return None
     except UnicodeDecodeError as error:
         command = f"iconv -f WINDOWS-1254 -t UTF-8 {shlex.quote(str(path))}"
         warn(f"{path}: not UTF-8 at byte {error.start}, skipped; try: {command}")
