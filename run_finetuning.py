@@ -61,6 +61,7 @@ from config import (
 from prepare_finetuning_data import (
     CHART_COLOURS,
     WINDOW_FILES,
+    WORD,
     CorpusPassage,
     Pair,
     Passage,
@@ -428,7 +429,6 @@ def fitted_weight(share: float | None) -> float:
 # ----------------------------------------------------------------------------- scores by words, and by both
 
 WORD_OR_NAME = re.compile(r"(?:(?<![\w.])\*?\.)?[^\W_]+(?:[._/#:@+-]+[^\W_]+)*")  # word, KM-2.1, src/main.py, *.alt
-WORD_PART = re.compile(r"[^\W_]+")
 CAMEL = re.compile(r"(?<=[a-zçğıöşü0-9])(?=[A-ZÇĞİÖŞÜ])")
 ENDING = re.compile(r"(?<=\w)(?<!\b[cdjlmnstCDJLMNST])['’][^\W_]+")  # API'nin, don't; not l'utilisateur
 MAX_QUERY_WORDS = 64
@@ -457,7 +457,7 @@ def words_and_names(text: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
 
 @functools.lru_cache(maxsize=1 << 17)
 def folded_name_and_words(word: str) -> tuple[str, tuple[str, ...]]:
-    words = tuple(fold(part) for part in WORD_PART.findall(CAMEL.sub(" ", word)))
+    words = tuple(fold(part) for part in WORD.findall(CAMEL.sub(" ", word)))
     is_name = len(words) > 1 or word[0] in "*."
     return re.sub(r"[\W_]+", "-", fold(word)) if is_name else "", words
 
