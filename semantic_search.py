@@ -177,7 +177,7 @@ def search(index: Index, query: str, request: Request) -> dict:
     Raises:
         UserError: the query is empty, or semantic search lacks the index's model.
     """
-    query = readable(query)
+    query = composed(query.encode(errors="replace").decode())  # some bytes of a pipe are no UTF-8
     weight = request.semantic_weight
     if weight is not None and not 0 <= weight <= 1:
         raise UserError(f"the weight of the meaning is {weight}; it goes from 0 to 1 (config.SEMANTIC_WEIGHT)")
@@ -190,11 +190,6 @@ def search(index: Index, query: str, request: Request) -> dict:
             return {"query": query, "mode": request.mode} | find(index, query[:MAX_QUERY_CHARS], request)
         except Superseded:  # newer indexes were committed since this one was opened, and its files removed
             index.reopen()
-
-
-def readable(query: str) -> str:
-    """Return a query in the form that the documents have, without what is no text (bytes that are no UTF-8)."""
-    return composed(query.encode(errors="replace").decode())
 
 
 def find(index: Index, query: str, request: Request) -> dict:
@@ -791,7 +786,6 @@ HELP = """:mode {modes}   how to search, now {mode}
 
 def answer_query(index: Index, query: str, request: Request, options: argparse.Namespace) -> dict:
     """Search, print, and return the answer; an empty line among many has no results."""
-    query = readable(query)
     if not query.strip() and not options.query:
         nothing = {"relevant": False, "results": []}
         answer = {"query": query, "mode": request.mode} | nothing
@@ -804,7 +798,7 @@ def answer_query(index: Index, query: str, request: Request, options: argparse.N
     if options.json:
         print(json.dumps(answer, ensure_ascii=False), flush=True)
     elif "other" in answer:
-        print_comparison(make_console(), index, answer, query_words(index.keywords, query))
+        print_comparison(make_console(), index, answer, query_words(index.keywords, answer["query"]))
     else:
         print_answer(make_console(), index, answer)
     return answer
