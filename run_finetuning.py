@@ -1180,9 +1180,8 @@ def weigh_tokens(model, texts: list[str], smoothing: float = 0.003) -> None:
     backend = model.tokenizer.backend_tokenizer
     encoded = backend.encode_batch(texts)  # padded where the model has been used before
     counts = Counter(token for one in encoded for token, own in zip(one.tokens, one.attention_mask, strict=True) if own)
-    names = {number: token for token, number in backend.get_vocab().items()}
     weights = {token: smoothing / (smoothing + count / counts.total()) for token, count in sorted(counts.items())}
-    vocabulary = [names.get(number, "") for number in range(max(names) + 1)]
+    vocabulary = [backend.id_to_token(number) or "" for number in range(max(backend.get_vocab().values()) + 1)]
     model.insert(place, WordWeights(vocabulary, weights).to(model.device))
 
 
