@@ -295,8 +295,7 @@ def cut_passages(text: str, source_file: str, max_chars: int) -> list[Passage]:
             merged = merge(group)
             if WORD.search(plain_text(merged.text)):
                 texts = tuple(block.text for block in group)
-                place = (merged.heading, merged.start_line, merged.end_line, merged.text)
-                passages.append(Passage(source_file, section, len(passages), *place, texts))
+                passages.append(Passage(source_file, section, len(passages), *merged, texts))
     return passages
 
 
@@ -325,7 +324,7 @@ def cut_sections(text: str, max_chars: int) -> Iterator[list[Block]]:
             if blocks:
                 yield blocks
             blocks = []
-            level, title = int(node.tag[1]), plain_text(node.children[0].content if node.children else "")
+            level, title = int(node.tag[1]), plain_text(node.children[0].content)
             title = HEADING_ATTRIBUTES.sub("", title)
             path = [(depth, name) for depth, name in path if depth < level]
             if title:
@@ -359,8 +358,6 @@ def tells_nothing(node, lines: list[str]) -> bool:
 
 def cut_node(node, lines: list[str], heading: tuple[str, ...], max_chars: int) -> Iterator[Block]:
     """Yield a Markdown node as one block, or in pieces where it is longer than max_chars."""
-    if node.map is None:
-        return
     start, end = node.map
     while end > start + 1 and not lines[end - 1].strip():
         end -= 1
@@ -428,7 +425,7 @@ def merge(group: list[Block]) -> Block:
     for before, block in itertools.pairwise(group):
         gap = block.start_line - before.end_line
         text += (" " if gap < 1 else "\n" if gap == 1 else "\n\n") + block.text
-    return Block(group[0].heading, group[0].start_line, group[-1].end_line, text)
+    return group[0]._replace(end_line=group[-1].end_line, text=text)
 
 
 # ------------------------------------------------------------------------- copies, templates, the split
