@@ -62,7 +62,6 @@ from prepare_finetuning_data import (
     CHART_COLOURS,
     WINDOW_FILES,
     WORD,
-    CorpusPassage,
     Pair,
     Passage,
     Query,
@@ -154,10 +153,9 @@ def mend_tokenizer(model, texts: list[str]) -> list[str]:
 class HeldOut:
     """The held-out queries with the passages they are searched in, and the ranks a model gives their answers."""
 
-    def __init__(self, queries: list[Query], corpus: list[CorpusPassage]):
-        self.queries = queries
-        self.passages = [row.passage for row in corpus]
-        places = {text: place for place, text in enumerate(self.passages)}
+    def __init__(self, queries: list[Query], passages: list[str]):
+        self.queries, self.passages = queries, passages
+        places = {text: place for place, text in enumerate(passages)}
         if lost := [query for query in queries if query.positive not in places]:
             raise UserError(
                 f"corpus.tsv lacks the answer to {lost[0].query[:60]!r}; run prepare_finetuning_data.py again"
@@ -170,7 +168,7 @@ class HeldOut:
         others = [text for text in self.passages if text not in wanted]
         random.Random(seed).shuffle(others)
         kept = wanted | set(others[: max(0, max_passages - len(wanted))])
-        return HeldOut(queries, [CorpusPassage(text, "") for text in self.passages if text in kept])
+        return HeldOut(queries, [text for text in self.passages if text in kept])
 
     def fingerprint(self) -> str:
         return hashlib.sha256(repr((self.queries, self.passages)).encode()).hexdigest()
@@ -1720,7 +1718,7 @@ def load_base_and_saved(options: argparse.Namespace) -> tuple:
 
 def read_held_out(options: argparse.Namespace) -> tuple[HeldOut, HeldOut]:
     """Return what the models are compared on, all queries, and what is watched while training, those that choose."""
-    held_out = HeldOut(read_queries(options.data_dir), read_corpus(options.data_dir))
+    held_out = HeldOut(read_queries(options.data_dir), [row.passage for row in read_corpus(options.data_dir)])
     judged = held_out.part(held_out.queries, config.EVALUATION_PASSAGES, options.seed)
     return judged, held_out.part(held_out.queries[CHOOSING], config.WATCHED_PASSAGES, options.seed)
 
@@ -1755,7 +1753,7 @@ def evaluate_questions(options: argparse.Namespace) -> dict:
     known = [place for place, text in enumerate(texts) if fold(text) in answers]
     firsts = [(texts[place], answers[fold(texts[place])][0]) for place in known]
     answered = [Query(text, passage.model_text, "question", passage.source_file) for text, passage in firsts]
-    searched = HeldOut(answered, [CorpusPassage(text, passage.source_file) for text, passage in distinct.items()])
+    searched = HeldOut(answered, list(distinct))
     warn_of_trained(answered, options.data_dir)
     base, saved, kept_base = load_base_and_saved(options)
     vectors = [searched.vectors(model, texts) for model in (base, saved)]

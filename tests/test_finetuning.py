@@ -172,7 +172,7 @@ def give_vectors(monkeypatch, queries: np.ndarray, passages: np.ndarray) -> None
 
 
 def corpus_of(count: int) -> HeldOut:
-    return HeldOut(queries_of(count), [CorpusPassage(f"answer {i}", "a.md") for i in range(count)])
+    return HeldOut(queries_of(count), [f"answer {i}" for i in range(count)])
 
 
 @pytest.mark.parametrize("base", ["tiny_model", "tiny_multilingual_model"])
@@ -404,7 +404,7 @@ def test_what_was_trained_on_is_told_by_evaluate_only_and_does_not_shield_the_in
 ):
     arguments = ["--data-dir", chain.data, "--model-dir", installed, "--base-model", chain.base, "--evaluate-only"]
     evaluation = evaluation_of(installed)
-    judged = HeldOut(read_queries(chain.data), read_corpus(chain.data))
+    judged = HeldOut(read_queries(chain.data), [row.passage for row in read_corpus(chain.data)])
     files = sorted({query.source_file for query in judged.queries[run_finetuning.DECIDING]})
     ranks = np.zeros(len(judged.queries), dtype=int)
     evaluation["held_out"] = {"fingerprint": judged.fingerprint(), "ranks": [1] * len(ranks)}
@@ -816,16 +816,14 @@ def test_the_ranks_of_a_model_are_those_of_its_cosines(chain):
     )
     scores = asked @ passages.T
     wanted = [int((scores[i] >= scores[i, i]).sum()) for i in range(len(queries))]
-    held_out = HeldOut(queries, corpus)
+    held_out = HeldOut(queries, [row.passage for row in corpus])
     ranks = held_out.ranks(held_out.similarities(model))
     assert ranks.tolist() == [rank if rank <= 10 else 0 for rank in wanted]
 
 
 def test_a_part_of_the_held_out_queries_keeps_their_answers_among_as_many_passages_as_asked():
     queries = queries_of(9)
-    corpus = [CorpusPassage(f"answer {i}", "a.md") for i in range(9)] + [
-        CorpusPassage(f"other {i}", "b.md") for i in range(50)
-    ]
+    corpus = [f"answer {i}" for i in range(9)] + [f"other {i}" for i in range(50)]
     deciding, choosing = queries[run_finetuning.DECIDING], queries[run_finetuning.CHOOSING]
     assert len(deciding) == 5 and len(choosing) == 4 and not set(deciding) & set(choosing)
     for part, size in ((HeldOut(queries, corpus).part(choosing, 20, 1), 20), (HeldOut(queries, corpus), 59)):
@@ -954,7 +952,7 @@ def test_too_few_queries_say_so_with_the_number_needed(capsys):
 
 def test_meaning_weighs_the_more_the_more_the_base_finds_of_what_words_find(monkeypatch):
     size = 80
-    corpus = [CorpusPassage(f"answer {i}", "a.md") for i in range(size)]
+    corpus = [f"answer {i}" for i in range(size)]
 
     def scores(found: range) -> np.ndarray:
         return np.where(np.isin(np.arange(size), found)[:, None], np.eye(size), 1 - np.eye(size))
@@ -979,7 +977,7 @@ def test_meaning_weighs_the_more_the_more_the_base_finds_of_what_words_find(monk
 def test_how_well_the_base_knows_the_language_is_told_by_the_main_one(monkeypatch):
     texts = [f"the valve {i} is opened" if i % 4 == 1 else f"{i} numaralı vana açılır ve kapanır" for i in range(80)]
     queries = [Query(f"query {i}", text, "sentence", "a.md") for i, text in enumerate(texts)]
-    judged = HeldOut(queries, [CorpusPassage(text, "a.md") for text in texts])
+    judged = HeldOut(queries, texts)
     english = np.array([text.startswith("the") for text in texts])
     monkeypatch.setattr(HeldOut, "keyword_matrix", lambda self: np.eye(80))
     assert run_finetuning.language_share(judged, np.where(english[:, None], np.eye(80), 1 - np.eye(80))) == 0
@@ -988,7 +986,7 @@ def test_how_well_the_base_knows_the_language_is_told_by_the_main_one(monkeypatc
 
 def test_an_answer_that_is_not_in_the_corpus_is_an_error():
     with pytest.raises(UserError, match=r"corpus\.tsv"):
-        HeldOut(queries_of(2), [CorpusPassage("answer 0", "a.md")])
+        HeldOut(queries_of(2), ["answer 0"])
 
 
 def test_the_schedule_is_cut_to_the_time_that_is_left(capsys):
@@ -1026,7 +1024,7 @@ def test_a_later_checkpoint_is_kept_unless_it_is_clearly_worse(monkeypatch, tmp_
     looks = [np.full(60, 0.3), np.full(60, 0.5), np.full(60, 0.5) + rng.normal(-0.005, 0.1, 60), np.full(60, 0.2)]
     told = iter(looks)
     monkeypatch.setattr(run_finetuning, "gains", lambda ranks: {"nDCG@10": next(told)})
-    held_out = HeldOut(queries_of(2), [CorpusPassage(f"answer {i}", "a.md") for i in range(2)])
+    held_out = HeldOut(queries_of(2), [f"answer {i}" for i in range(2)])
     monkeypatch.setattr(held_out, "similarities", lambda model: np.zeros((2, 2)), raising=False)
     watch, preferred = run_finetuning.watcher(held_out, tmp_path / "best.json"), []
     for look in range(len(looks)):
@@ -1037,5 +1035,5 @@ def test_a_later_checkpoint_is_kept_unless_it_is_clearly_worse(monkeypatch, tmp_
 
 
 def test_a_model_that_gives_every_text_the_same_vector_finds_nothing():
-    held_out = HeldOut(queries_of(20), [CorpusPassage(f"answer {i}", "a.md") for i in range(20)])
+    held_out = HeldOut(queries_of(20), [f"answer {i}" for i in range(20)])
     assert not held_out.ranks(np.ones((20, 20))).any()

@@ -17,7 +17,7 @@ import generate_embeddings
 import prepare_finetuning_data
 import run_finetuning
 import semantic_search
-from prepare_finetuning_data import CorpusPassage, Query
+from prepare_finetuning_data import Query
 from run_finetuning import HeldOut, judge, report_page
 
 HOSTILE = (
@@ -33,7 +33,7 @@ def evaluation_of(shift: float, rejected_shift: float | None = None) -> dict:
     texts = [f"{HOSTILE if n % 10 == 0 else ''} Ölçüm {n} gece yapılır ve {n % 7} kutu takılır." for n in range(120)]
     kinds = ["heading", "sentence", "term", "question"]
     queries = [Query(f"<b>{n}</b> ölçümü kim yapar?", text, kinds[n % 4], "a.md") for n, text in enumerate(texts)]
-    judged = HeldOut(queries, [CorpusPassage(text, "a.md") for text in texts])
+    judged = HeldOut(queries, texts)
     rng = np.random.default_rng(1)
     base = rng.normal(size=(120, 120)) + 1.5 * np.eye(120)
     noise = rng.normal(scale=0.3, size=base.shape)
