@@ -89,7 +89,7 @@ class UserError(Exception):
 
 
 def check_number(name: str, least: int, kind: type = int) -> None:
-    """Have a setting of this file be a number from `least` up, a whole one unless kind is float."""
+    """Raise UserError unless a setting of this file is a number of at least `least`, whole unless kind is float."""
     value = globals()[name]
     if not isinstance(value, int | kind) or value < least:
         raise UserError(f"config.{name} is {value!r}; set it to a {'whole ' * (kind is int)}number, {least} or more")

@@ -213,7 +213,7 @@ def load_encoder(header: dict, index_dir: Path) -> Encoder:
 
 
 def encoding_function(source: Path, folder: Path, device: str | None) -> Callable[[list[str]], np.ndarray]:
-    """Return what embeds a list of texts: a GPU with half precision and large batches where there is one, else ONNX.
+    """Return the function that embeds texts: in half precision on a GPU where there is one, else by ONNX Runtime.
 
     source: the model in the Sentence Transformers format; folder: its ONNX form. device: "cpu", "cuda" or None.
     """
@@ -226,7 +226,7 @@ def encoding_function(source: Path, folder: Path, device: str | None) -> Callabl
 
 
 def half_precision(model) -> Callable[[list[str]], np.ndarray]:
-    """Return what embeds a list of texts with a SentenceTransformer in fp16, whole lots at a time."""
+    """Return the function that embeds texts with a SentenceTransformer in fp16, whole lots at a time."""
     model.half()
 
     def encode(texts: list[str]) -> np.ndarray:
@@ -632,7 +632,7 @@ def damaged(path: Path) -> str:
 
 
 def build_command(index_dir: Path, header: dict | None = None) -> str:
-    """Return the command that builds an index of the documents and with the model that its header, if any, tells."""
+    """Return the command that builds an index again, with the documents and the model that its header names."""
     header, usual = header or {}, build_parser().parse_args([])
     words = ["python", "generate_embeddings.py"]
     root, globs = header.get("documents_root"), header.get("globs")

@@ -470,7 +470,7 @@ def first_copies(passages: list[Passage]) -> dict[tuple[tuple[str, ...], str], P
 
 
 def template_key(text: str) -> str:
-    """Two texts with one key are the same line of a template, whatever numbers are filled in."""
+    """Return a text's folded words with every number as 0: lines that fill in one template have the same key."""
     return " ".join(WORD.findall(re.sub(r"\d+", "0", fold(text))))
 
 
@@ -717,7 +717,7 @@ STRATEGIES: dict[str, Callable[[list[Section], int, random.Random], Made]] = {
 
 
 def leak_test(passages: list[Passage], held_out: set[str]) -> Callable[[str], bool]:
-    """Return what tells whether a held-out document holds a third of a text's shingles or a sentence of six words."""
+    """Return a function that tells if a held-out document shares a third of a text's shingles, or a long sentence."""
     held_out_texts = [plain_text(passage.text) for passage in passages if passage.source_file in held_out]
     held_out_shingles = {shingle for text in held_out_texts for shingle in shingles(text)}
     held_out_sentences = {fold(sentence) for text in held_out_texts for sentence in sentences(text)}
@@ -863,7 +863,7 @@ def is_near(passage: Passage, asked_shingles: set[int]) -> bool:
 
 
 def make_corpus(distinct: list[Passage], instead: dict[Passage, str | None]) -> list[CorpusPassage]:
-    """Return what a model reads of each passage, or the text to take instead of it; a passage with None is left out."""
+    """Return the model text of each passage, or what `instead` has for it; a passage with None there is left out."""
     texts = ((instead.get(passage, passage.model_text), passage.source_file) for passage in distinct)
     return [CorpusPassage(" ".join(text.split()), source_file) for text, source_file in texts if text is not None]
 

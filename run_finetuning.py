@@ -117,7 +117,7 @@ def load_model(folder: Path, device: str | None):
 
 
 def mend_tokenizer(model, texts: list[str]) -> list[str]:
-    """Have the tokenizer read a letter by its plain form (ı as i) where words get a tenth fewer tokens.
+    """Make the tokenizer normalise a letter to its plain form (ı to i) where that saves a tenth of the tokens.
 
     An English WordPiece vocabulary holds "##ı" as a letter of its own and breaks words at it, so the model sees little
     of "kayıtlı" and much of "kayitli"; a multilingual vocabulary is left as it is. The rule is saved in tokenizer.json,
@@ -375,7 +375,7 @@ def print_details(result: dict) -> None:
 
 
 def search_figures(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, seed: int) -> tuple[dict, dict]:
-    """Fit hybrid search's weight on the queries that choose; return it, and both models' figures on those that decide.
+    """Fit hybrid search's weight on the choosing half; return it, and nDCG@10 by search mode on the deciding half.
 
     base, tuned: similarities of the judged queries and passages.
     """
@@ -397,10 +397,10 @@ def search_figures(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, seed: i
 
 
 def language_share(judged: HeldOut, base: np.ndarray) -> float | None:
-    """Return how much the base finds, terms aside, of what words find for the queries that choose; None for nothing.
+    """Return the base's nDCG@10 as a share of keyword search's, or None where keyword search finds nothing.
 
-    It tells how well the base knows the documents' language: of several, the one that most passages are in, for few
-    queries can not tell how a mixture is mixed. base: its similarities.
+    It tells how well the base knows the documents' main language, by the choosing half of the queries in it without
+    those for terms; with several languages, the queries are too few to tell them apart. base: its similarities.
     """
     languages = Counter(language(text) for text in judged.passages)
     main = max(sorted(languages), key=languages.get, default="")
@@ -494,7 +494,7 @@ class Keywords:
         return np.unique(np.frombuffer(b"".join(row[0] for row in rows), np.uint32), return_counts=True)
 
     def matches(self, word: "QueryWord") -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
-        """Yield the passages that hold a query's word, its frequencies, and how much of the word this is, most first.
+        """Yield passages, term frequencies and credit (1 or less) for each way of holding a query's word, best first.
 
         A word counts as a stem, and half as much as it stands; a name at the beginning of a heading counts once more. A
         long word is faintly held by passages with its first letters, for stems are as short as "görev" and end in other
@@ -580,7 +580,7 @@ class QueryWord(NamedTuple):
         return self.kind == "stem" and self.term in stems
 
     def is_nearly_in(self, stems: set[str]) -> bool:
-        """Tell whether it holds a word that differs at the stem's last letter, as by another ending."""
+        """Tell whether such a passage holds a word whose stem differs in its last letter alone, as by an ending."""
         long = self.kind == "stem" and len(self.term) == PREFIX_LETTERS
         return long and any(stem.startswith(self.term[:-1]) for stem in stems)
 
@@ -654,7 +654,7 @@ def keyword_scores(index: Keywords, words: list[QueryWord], count: int) -> tuple
 
 
 def weight_for_query(semantic_weight: float, held: float) -> float:
-    """Return the weight of the meaning for a query, of whose words' weight one passage holds the share `held`.
+    """Return the semantic weight for a query; held: the largest share of the query's words that one passage holds.
 
     The words count by that share: standard scores tell which passage holds more of them, not that none holds many, as
     of a question in other words than the documents'.
@@ -1132,7 +1132,7 @@ def mix_weights(model, base_weights: dict, tuned_weights: dict, alpha: float) ->
 
 
 def spread_out(model, judged: HeldOut, watched: HeldOut, pairs: list[Pair], power: float) -> tuple[np.ndarray, bool]:
-    """Have the model tell more by what sets a project's texts apart; return its similarities then, and whether it does.
+    """Weigh tokens by rarity and partly whiten the model's vectors; return its similarities, and whether this was kept.
 
     Its tokens count by their rarity (weigh_tokens), and a last linear layer undoes in part that the texts crowd into
     few directions of a general model (spreading), which training narrows little: together they gain about as much again
@@ -1157,7 +1157,7 @@ def spread_out(model, judged: HeldOut, watched: HeldOut, pairs: list[Pair], powe
 
 
 def keep_modules(model, modules: list) -> None:
-    """Take those modules out of the model that are not among these."""
+    """Remove all other modules from the model."""
     for place in reversed(range(len(model))):
         if model[place] not in modules:
             del model[place]
@@ -1221,7 +1221,7 @@ CAUTIOUS_POWER = {"known language": 0.125, "no clear gain": 0.25}  # what the ba
 
 
 def step_back(model, base_folder: Path, alpha: float) -> float:
-    """Bring a model of this alpha back to CAUTIOUS_ALPHA where it is beyond; return its alpha.
+    """Limit the share of the trained weights to CAUTIOUS_ALPHA; return the alpha that the model then has.
 
     A project's own headings and sentences teach little where the base knows the language well, and spoil questions
     that are asked in quite other words, which no held-out query shows.
@@ -1506,9 +1506,8 @@ def plan_steps(rows: int, seconds: float, budget_seconds: float, options: argpar
 def search_with_base(model, judged: HeldOut, watched: HeldOut) -> tuple[np.ndarray | None, float]:
     """Return the base's similarities, None in all processes but the first, and the seconds that evaluation will take.
 
-    What follows is the search with the tuned model and the vectors of SPREAD_PAIRS, both once more where it steps back,
-    and looks at the watched queries: two at what spreading is worth, as often, and before it, with the passages cut as
-    in training, four while training and one at each of five mixtures of weights.
+    Counted are the corpus and SPREAD_PAIRS, both twice in case the model steps back, and the watched passages 13 times:
+    four times whole (spreading, also twice) and nine times cut as in training (four checkpoints, five mixtures).
     """
     if not is_first_process():
         return None, 0.0
@@ -1620,7 +1619,7 @@ def was_trained_on(queries: list[Query], evaluation: dict) -> np.ndarray:
 
 
 def worse_than_installed(ranks: np.ndarray, judged: HeldOut, model_dir: Path) -> str | None:
-    """Return how the model in model_dir finds more than these ranks on the same queries, or None if it does not.
+    """Return by how much the model in model_dir beats these ranks on the same queries, or None if it does not.
 
     Only queries about documents count that it was not trained on.
     """
@@ -1645,7 +1644,7 @@ def worse_than_installed(ranks: np.ndarray, judged: HeldOut, model_dir: Path) ->
 
 
 def judge(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, kept_base: bool, options: argparse.Namespace) -> dict:
-    """Return the comparison of two models from their similarities, as evaluation.json keeps it, and its ingredients."""
+    """Return what evaluation.json keeps of two models' similarities: comparison, hybrid search's weight, ranks."""
     ranks = [judged.ranks(scores) for scores in (base, tuned)]
     halves = [own[DECIDING] for own in ranks]
     comparison = compare(judged.queries[DECIDING], *halves, kept_base, options.seed)
@@ -1670,7 +1669,7 @@ def settle(
     evaluation: dict,
     options: argparse.Namespace,
 ) -> np.ndarray:
-    """Spread the model's vectors, more cautiously and near the base's weights where needed; return its similarities.
+    """Spread the model's vectors, pulled back towards the base where that is safer; return its similarities.
 
     Enough held-out questions of people's show by themselves what was learnt, in whatever language.
     """
@@ -1694,7 +1693,7 @@ def settle(
 
 
 def decide(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, kept_base: bool, options: argparse.Namespace) -> dict:
-    """Return what judge does, of the base alone where the tuned model is worse; "rejected" is then the comparison."""
+    """Return what judge returns; where the tuned model is worse, that of the base, with the other under "rejected"."""
     result = judge(judged, base, tuned, kept_base, options) | {"rejected": None}
     if result["comparison"]["verdict"] == "worse":
         worse = result["comparison"]

@@ -382,7 +382,7 @@ def split_lines(text: str) -> list[str]:
 
 
 def goes_on(before: str, line: str) -> bool:
-    """Tell whether a line goes on with the sentence before it; lines that all begin small are items without marks."""
+    """Tell whether a line continues the sentence before it; lower-case lines in a row are items without marks."""
     end = before.rstrip("*_`\"'”)] \t")[-1:]
     if LIST_MARK.match(line) or not begins_small(line) or not (end.isalnum() or end == ","):
         return False
@@ -452,7 +452,7 @@ def section_of(index: Index, place: int, depth: int) -> list[int]:
 
 
 def lines_about(text: str, name: str) -> tuple[int, str]:
-    """Return the line of a passage that tells most of a name, and before it what find_entry ranks it by."""
+    """Return find_entry's rank of a passage's best line about a name, and that line with its header or sub-items."""
     lines = text.split("\n")
     names = [[one for _, one, _ in words_and_names(line)] for line in lines]
     ranks = {number: 0 for number, own in enumerate(names) if name in own}
