@@ -299,6 +299,13 @@ def cut_passages(text: str, source_file: str, max_chars: int) -> list[Passage]:
     return passages
 
 
+FRONT_MATTER = re.compile(  # YAML, or TOML
+    r"---\n\w[\w-]*:.*\n(?:\w[\w-]*:.*\n|[ \t#-].*\n|\n)*?(?:---|\.\.\.)[ \t]*(?:\n|\Z)|"
+    r"\+\+\+\n(?:.*\n)*?\+\+\+[ \t]*(?:\n|\Z)"
+)
+TITLE = re.compile(r"""^title\s*[:=]\s*(['"]?)(?P<words>[^\W_].*?)\1\s*$""", re.M)
+
+
 @functools.cache
 def markdown_parser():
     from markdown_it import MarkdownIt
@@ -309,15 +316,18 @@ def markdown_parser():
 
 
 def cut_sections(text: str, max_chars: int) -> Iterator[list[Block]]:
-    """Yield the blocks under each heading in turn; headings, rules and front matter are no blocks."""
+    """Yield the blocks under each heading in turn; headings, rules and front matter are no blocks.
+
+    A title in the front matter heads the document unless its own heading says the same.
+    """
     from markdown_it.tree import SyntaxTreeNode
 
-    front_matter = re.match(r"---\n\w[\w-]*:.*\n(?:\w[\w-]*:.*\n|[ \t#-].*\n|\n)*?(?:---|\.\.\.)[ \t]*(?:\n|\Z)", text)
-    front_matter = front_matter or re.match(r"\+\+\+\n(?:.*\n)*?\+\+\+[ \t]*(?:\n|\Z)", text)  # TOML
-    if front_matter:
+    path: list[tuple[int, str]] = []  # levels and titles
+    if front_matter := FRONT_MATTER.match(text):
         text = "\n" * front_matter[0].count("\n") + text[front_matter.end() :]
+        if title := TITLE.search(front_matter[0]):
+            path.append((0, plain_text(title["words"])))
     lines = text.split("\n")
-    path: list[tuple[int, str]] = []
     blocks: list[Block] = []
     for node in SyntaxTreeNode(markdown_parser().parse(text)).children:
         if node.type == "heading" and is_heading(node, lines):
@@ -326,7 +336,7 @@ def cut_sections(text: str, max_chars: int) -> Iterator[list[Block]]:
             blocks = []
             level, title = int(node.tag[1]), plain_text(node.children[0].content)
             title = HEADING_ATTRIBUTES.sub("", title)
-            path = [(depth, name) for depth, name in path if depth < level]
+            path = [(depth, name) for depth, name in path if depth < level and (depth or fold(name) != fold(title))]
             if title:
                 path.append((level, title))
         elif node.type != "hr" and not tells_nothing(node, lines):

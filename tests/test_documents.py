@@ -250,6 +250,17 @@ def test_nothing_that_is_text_is_lost(markdown, kept):
     assert all(text in found for text in kept) and "title =" not in found
 
 
+@pytest.mark.parametrize(
+    "front_matter", ["---\ntitle: 'Kurulum: ilk gün'\ntags: [a]\n---", '+++\ntitle = "Kurulum: ilk gün"\n+++']
+)
+def test_a_title_in_the_front_matter_heads_the_document_unless_its_heading_says_the_same(front_matter):
+    (passage,) = cut_passages(f"{front_matter}\n\n### Açıklama\n\nMetin burada durur.\n", "a.md", MAX_CHARS)
+    assert passage.heading == ("Kurulum: ilk gün", "Açıklama")
+    text = f"{front_matter}\n# KURULUM: İlk Gün\n\n## Açıklama\n\nMetin burada durur.\n"
+    (passage,) = cut_passages(text, "a.md", MAX_CHARS)
+    assert passage.heading == ("KURULUM: İlk Gün", "Açıklama")
+
+
 def test_a_comment_in_indented_code_is_no_heading():
     (passage,) = cut_passages("# Araç\n\n## Kullanım\n\n    pip install x\n\n    # başlat\n    x run\n", "a.md", 600)
     assert passage.heading == ("Araç", "Kullanım") and "# başlat" in passage.text
