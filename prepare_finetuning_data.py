@@ -414,8 +414,12 @@ def cut_line(block: Block, max_chars: int) -> Iterator[Block]:
     if len(block.text) <= max_chars:
         yield block
     else:
+        line, position = block.start_line, 0
         for piece in textwrap.wrap(block.text, max_chars, replace_whitespace=False, expand_tabs=False):
-            yield block._replace(text=piece)
+            start = block.text.index(piece, position)
+            line += block.text.count("\n", position, start)
+            position = start
+            yield block._replace(start_line=line, end_line=line + piece.count("\n"), text=piece)
 
 
 def pack(blocks: Iterable[Block], max_chars: int) -> Iterator[list[Block]]:

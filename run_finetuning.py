@@ -198,26 +198,27 @@ class HeldOut:
         return np.where((ranks <= 10) & np.isfinite(own), ranks, 0)
 
     @functools.cached_property
-    def words(self) -> list[tuple[dict[int, float], float]]:
-        """Each query's keyword scores, and how much of it one passage holds."""
+    def words(self) -> list[tuple[list["QueryWord"], dict[int, float], float]]:
+        """Each query's words, its keyword scores, and how much of it one passage holds."""
         index = write_keywords(":memory:", (((), text) for text in self.passages))
-        return [keyword_scores(index, query_words(index, query.query), CANDIDATES) for query in self.queries]
+        found = [query_words(index, query.query) for query in self.queries]
+        return [(words, *keyword_scores(index, words, CANDIDATES)) for words in found]
 
     def keyword_matrix(self) -> np.ndarray:
         """Return the keyword scores like similarities, -inf where no word of the query is found."""
         scores = np.full((len(self.queries), len(self.passages)), -np.inf)
-        for row, (words, _) in zip(scores, self.words, strict=True):
-            row[list(words)] = list(words.values())
+        for row, (_, own, _) in zip(scores, self.words, strict=True):
+            row[list(own)] = list(own.values())
         return scores
 
     def hybrid_matrix(self, similarities: np.ndarray, semantic_weight: float) -> np.ndarray:
         """Return the scores of hybrid search like similarities, -inf where a passage is no candidate."""
         scores = np.full(similarities.shape, -np.inf)
-        for row, own, (words, held) in zip(scores, similarities, self.words, strict=True):
+        for row, own, (words, by_words, held) in zip(scores, similarities, self.words, strict=True):
             nearest = np.argsort(-own, kind="stable")[:CANDIDATES]
-            meaning = {int(place): float(own[place]) for place in [*nearest, *words]}
-            weight = weight_for_query(semantic_weight, held)
-            combined = combined_scores(meaning, words, float(own.mean()), float(own.std()), weight)
+            meaning = {int(place): float(own[place]) for place in [*nearest, *by_words]}
+            weight = weight_for_query(weight_for_few_words(semantic_weight, words), held)
+            combined = combined_scores(meaning, by_words, float(own.mean()), float(own.std()), weight)
             row[list(combined)] = list(combined.values())
         return scores
 
@@ -441,7 +442,7 @@ FUNCTION_WORDS = """
 ne neden nasıl nedir neler nelerdir hangi hangisi kim kimdir kimin kimler kaç nerede nereden nereye niçin niye mi mı mu
 mü midir mıdır mudur ve veya ya da de ile için bir bu şu o olarak olan ama ancak ise ki diye gibi var yok what
 which who whom whose when where why how is are was were be been do does did can could should would will a an the of in
-on at by for with from to and or not it its this that these those
+on at by for with from to and or not it its this that these those i my me we our us you your there have has had
 """
 # Answers seldom repeat a question's. They count as typed, with or without Turkish letters: "is" is none of "iş", work.
 FUNCTION_FORMS = {form for word in FUNCTION_WORDS.split() for form in (word, fold(word))} - {"su"}  # water; of "şu"
@@ -457,7 +458,8 @@ def words_and_names(text: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
 def folded_name_and_words(word: str) -> tuple[str, tuple[str, ...]]:
     words = tuple(fold(part) for part in WORD.findall(CAMEL.sub(" ", word)))
     is_name = len(words) > 1 or word[0] in "*."
-    return re.sub(r"[\W_]+", "-", fold(word)) if is_name else "", words
+    name = re.sub(r"(?<![a-z0-9])v(?=\d)", "", re.sub(r"[\W_]+", "-", fold(word)))  # v1.7.1 is 1.7.1
+    return name if is_name else "", words
 
 
 def keyword_terms(text: str) -> tuple[list[str], list[str]]:
@@ -466,8 +468,13 @@ def keyword_terms(text: str) -> tuple[list[str], list[str]]:
     stems: list[str] = []
     for _, name, words in words_and_names(text):
         exact += [name, *words] if name else words
-        stems += [word[:PREFIX_LETTERS] for word in words]
+        stems += map(stem_of, words)
     return exact, stems
+
+
+def stem_of(word: str) -> str:
+    """Return the first letters of a word; of a code, such as "worker3", all: its number tells it from others."""
+    return word if any(map(str.isdigit, word)) else word[:PREFIX_LETTERS]
 
 
 class Keywords:
@@ -488,6 +495,11 @@ class Keywords:
         rows = self.database.execute("SELECT sum(passages) FROM postings WHERE term BETWEEN ? AND ?", (beginning, end))
         return rows.fetchone()[0] or 0
 
+    def longer_names(self, name: str) -> list[tuple[int, bytes]]:
+        """Return how many passages hold each name that ends in "-name", and their places as in the column exact."""
+        rows = self.database.execute("SELECT passages, exact FROM postings WHERE term LIKE ?", (f"_%-{name}",))
+        return rows.fetchall()
+
     def places_and_counts(self, column: str, beginning: str, end: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the passages that hold a term from `beginning` to `end`, and how often."""
         rows = self.database.execute(f"SELECT {column} FROM postings WHERE term BETWEEN ? AND ?", (beginning, end))
@@ -500,6 +512,10 @@ class Keywords:
         long word is faintly held by passages with its first letters, for stems are as short as "görev" and end in other
         letters with an ending ("takip", "takibi").
         """
+        if word.kind == "ending":
+            longer = b"".join(places for _, places in self.longer_names(word.term))
+            yield *np.unique(np.frombuffer(longer, np.uint32), return_counts=True), 1.0
+            return
         end = word.term + LAST_LETTER * (word.kind == "beginning")
         yield *self.places_and_counts("stems", word.term, end), 1.0
         places, counts = self.places_and_counts("exact", word.word, word.word)
@@ -560,14 +576,15 @@ def heading_terms(headings: Sequence[str]) -> list[str]:
 class QueryWord(NamedTuple):
     """A word or name of a query as the keyword index knows it.
 
-    term: a whole folded name, a word cut to its stem, or the letters that words of the index begin with (kind).
+    term: a whole folded name, a word cut to its stem, the letters that words of the index begin with, or the end of
+    longer IDs (kind).
     passages: how many hold it. weight: what finding it tells, the log of all passages over those that hold it (Spärck
     Jones, 1972); 0 for the parts of a name.
     """
 
     word: str
     term: str
-    kind: str  # "name", "stem" or "beginning"
+    kind: str  # "name", "stem", "beginning" or "ending"
     passages: int
     weight: float
 
@@ -577,11 +594,13 @@ class QueryWord(NamedTuple):
             return True
         if self.kind == "beginning":
             return any(stem.startswith(self.term) for stem in stems)
+        if self.kind == "ending":
+            return any(name.endswith(f"-{self.term}") for name in exact)
         return self.kind == "stem" and self.term in stems
 
     def is_nearly_in(self, stems: set[str]) -> bool:
         """Tell whether such a passage holds a word whose stem differs in its last letter alone, as by an ending."""
-        long = self.kind == "stem" and len(self.term) == PREFIX_LETTERS
+        long = self.kind == "stem" and len(self.term) == PREFIX_LETTERS and self.term.isalpha()
         return long and any(stem.startswith(self.term[:-1]) for stem in stems)
 
 
@@ -590,11 +609,15 @@ def query_words(index: Keywords, query: str) -> list[QueryWord]:
     words: dict[str, tuple[str, str, int, bool]] = {}
     function_words: set[str] = set()
     for as_typed, name, parts in words_and_names(query):
-        holders = index.holders(name, name) if name else 0
-        # A name that the documents hold is one thing, and so is an ID; of other words in one, each may stand alone.
-        as_one = holders > 0 or (name != "" and any(map(str.isdigit, as_typed)))
+        as_one = False
         if name:
-            words[name] = (name, "name", holders, as_one)
+            is_id = any(map(str.isdigit, as_typed))
+            name, kind, holders = known_name(index, name, is_id)
+            # A name that the documents hold is one thing, and so is an ID; of other words in one, each may stand alone,
+            # as that of ".close()" may.
+            alone = len(parts) == 1 and not is_id and index.holders(parts[0], parts[0]) > holders
+            as_one = is_id or (holders > 0 and not alone)
+            words[name] = (name, kind, holders, as_one)
         for part in parts:
             words.setdefault(part, (*stem_or_beginning(index, part), not as_one))
             if (part if name else as_typed.replace("İ", "i").lower()) in FUNCTION_FORMS:
@@ -609,6 +632,23 @@ def query_words(index: Keywords, query: str) -> list[QueryWord]:
     return [word for word in found if word.word not in function_words] or found
 
 
+def known_name(index: Keywords, name: str, is_id: bool) -> tuple[str, str, int]:
+    """Return what a name is looked up by, its kind, and how many passages hold it.
+
+    That is the name without its dot where more hold that ("setErrorHandler" for ".setErrorHandler()"), and of an ID
+    that none holds the longer ones that end in it ("AG-MIM-MICROSERV-001" for "MICROSERV-001").
+    """
+    holders = index.holders(name, name)
+    plain = name.removeprefix("-")
+    if not is_id and plain != name:
+        dotted, bare = (len(index.places_and_counts("exact", form, form)[0]) for form in (name, plain))
+        if bare > dotted:
+            return plain, "name", index.holders(plain, plain)
+    if is_id and not holders and not name.replace("-", "").isdigit() and (longer := index.longer_names(name)):
+        return name, "ending", sum(passages for passages, _ in longer)
+    return name, "name", holders
+
+
 def stem_or_beginning(index: Keywords, word: str) -> tuple[str, str, int]:
     """Return what a word is looked up by, its kind, and how many passages hold it.
 
@@ -616,8 +656,10 @@ def stem_or_beginning(index: Keywords, word: str) -> tuple[str, str, int]:
     of three letters, where the index lacks the word itself. Where it lacks the stem of a longer one, a letter less has
     to do ("linux" of "linuxta").
     """
-    stem = word[:PREFIX_LETTERS]
+    stem = stem_of(word)
     holders = index.holders(stem, stem)
+    if len(word) >= PREFIX_LETTERS and not word.isalpha():
+        return stem, "stem", holders
     beginnings = [stem] * (len(word) in (4, 5) or (len(word) == 3 and not holders))
     beginnings += [stem[:-1]] * (len(stem) >= PREFIX_LETTERS - 1 and not holders)
     for beginning in beginnings:
@@ -651,6 +693,15 @@ def keyword_scores(index: Keywords, words: list[QueryWord], count: int) -> tuple
         return dict(zip(best.tolist(), scores[best].tolist(), strict=True)), 1.0
     share = share[best] / sum(word.weight for word in words)
     return dict(zip(best.tolist(), (scores[best] * share).tolist(), strict=True)), float(share.max())
+
+
+def weight_for_few_words(fitted: float, words: list[QueryWord]) -> float:
+    """Return a fitted semantic weight, or less where a query has but one or two words that the documents hold.
+
+    It was fitted on sentences and headings; of a word or two, which passages hold them tells more than the meaning.
+    """
+    known = sum(word.weight > 0 and word.passages > 0 for word in words)
+    return min(fitted, 0.3 * known) if known else fitted
 
 
 def weight_for_query(semantic_weight: float, held: float) -> float:
@@ -696,6 +747,8 @@ def relevance(words: list[QueryWord], exact: set[str], stems: set[str], nearness
     and the constant is that by which nine tenths of the planning documents' own questions come to 0.5. README.md
     tells how far it holds.
 
+    Of a query of more words than any of those had, more are held by chance: beyond twelve, a word held counts for less.
+
     nearness: the query's cosine with the passage, less its mean cosine with all: vectors that lie all in one direction,
     as a language's do that the model does not know, tell nothing.
     passages: the number that the index has; in more of them, more is found by chance.
@@ -704,10 +757,12 @@ def relevance(words: list[QueryWord], exact: set[str], stems: set[str], nearness
     weight = sum(word.weight for word in words)
     if not weight:
         return 0.0
-    held = [word for word in words if word.weight and word.is_in(exact, stems)]
-    near = [word for word in words if word.weight and word not in held and word.is_nearly_in(stems)] if held else []
+    words = [word for word in words if word.weight]
+    held = [word for word in words if word.is_in(exact, stems)]
+    near = [word for word in words if word not in held and word.is_nearly_in(stems)] if held else []
     coverage = (sum(word.weight for word in held) + sum(word.weight for word in near) / 2) / weight
-    by_words = 3.05 * coverage + 3.24 * math.log1p(len(held) + len(near) / 2)
+    number = (len(held) + len(near) / 2) * min(1.0, 12 / len(words)) ** 0.5
+    by_words = 3.05 * coverage + 3.24 * math.log1p(number)
     all_held = 4.1 * (coverage > 0.99)  # a query of a word or two that stand there, whatever its meaning
     return 1 / (1 + math.exp(5.75 + 0.2 * math.log(passages) - 12.5 * nearness - by_words - all_held))
 

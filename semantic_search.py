@@ -66,6 +66,7 @@ from run_finetuning import (
     query_words,
     relevance,
     standard_scores,
+    weight_for_few_words,
     weight_for_query,
     words_and_names,
 )
@@ -137,7 +138,9 @@ def score_passages(index: Index, query: str, request: Request) -> Scored:
     mean, deviation = float(background.mean()), float(background.std()) or 1.0
     if request.mode == "semantic":
         return Scored(words, cosines, keyword, cosines, 1.0, mean, deviation)
-    weight = index.semantic_weight if request.semantic_weight is None else request.semantic_weight
+    weight = request.semantic_weight
+    if weight is None:
+        weight = weight_for_few_words(index.semantic_weight, words)
     weight = weight_for_query(weight, held)
     ranking = combined_scores(cosines, keyword, mean, deviation, weight)
     return Scored(words, cosines, keyword, ranking, weight, mean, deviation)
@@ -197,8 +200,8 @@ def find(index: Index, query: str, request: Request) -> dict:
     if request.mode == "task":
         return assist(index, query, request)
     scored = score_passages(index, query, request)
-    results = make_results(index, scored.ranking, [scored], request)
-    return {"relevant": is_relevant(results, request), "results": results}
+    judged = make_results(index, scored.ranking, [scored], request._replace(top_k=max(request.top_k, JUDGED)))
+    return {"relevant": is_relevant(judged, request), "results": judged[: request.top_k]}
 
 
 def is_relevant(results: list[dict], request: Request) -> bool:
@@ -347,16 +350,22 @@ def without(ranking: dict[int, float], places: set[int]) -> dict[int, float]:
 
 
 def split_needs(task: str) -> list[str]:
-    """Cut a task description at its lines, sentence ends and semicolons, short pieces joined to the one before."""
+    """Cut a task description at its lines, sentence ends and semicolons.
+
+    Pieces of one or two words are joined to the one before, but for items of a list without a colon ("- CORS").
+    """
     pieces: list[str] = []
     for part in split_lines(task):
         text = plain_text(part)
         clauses = (re.split(r"(?<=;)\s+", sentence) for sentence in sentences(text))
+        start = True
         for piece in [text] if text and is_row(part) else itertools.chain.from_iterable(clauses):
-            if pieces and len(piece.split()) < 3:
+            is_item = start and bool(LIST_MARK.match(part.lstrip("\n"))) and ":" not in piece
+            if pieces and len(piece.split()) < 3 and not (is_item and not pieces[-1].endswith(":")):
                 pieces[-1] += " " + piece
             else:
                 pieces.append(piece)
+            start = False
     if len(pieces) > MAX_NEEDS:
         warn(
             f"only the first {MAX_NEEDS} of the task's {len(pieces)} needs are searched; give the others by themselves"
@@ -653,7 +662,7 @@ def print_answer(console, index: Index, answer: dict) -> None:
     if not answer["relevant"]:
         print("nothing relevant found")
         if answer["results"]:
-            best = max(result["relevance"] for result in answer["results"])
+            best = max(result["relevance"] for result in answer["results"][:JUDGED])
             print(f"(the nearest has relevance {best:.2f}; --min-relevance 0 shows it)", file=sys.stderr)
         return
     if answer["mode"] != "task" or (len(answer["needs"]) == 1 and not answer["entry"]):
@@ -717,16 +726,16 @@ def with_other_ranks(results: list[dict], others: list[dict]) -> list[dict]:
     return found
 
 
-def print_comparison(console, index: Index, answer: dict, words: list[QueryWord]) -> None:
+def print_comparison(console, indexes: tuple[Index, Index], answer: dict, words: list[QueryWord]) -> None:
     """Print two indexes' results side by side: where each stands in the other list, and what only one found."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, padding=(0, 2, 1, 0), expand=True)
-    for folder in (index.folder, answer["other"]["index_dir"]):
-        table.add_column(str(folder), ratio=1, overflow="fold")
+    for index in indexes:
+        table.add_column(printable(str(index.folder)), ratio=1, overflow="fold")
     columns = []
-    for results in (answer["results"], answer["other"]["results"]):
+    for index, results in zip(indexes, (answer["results"], answer["other"]["results"]), strict=True):
         cells = []
         for result in results:
             text = excerpt(result["text"], words, 2 * (console.width // 2 - INDENT))
@@ -798,7 +807,8 @@ def answer_query(index: Index, query: str, request: Request, options: argparse.N
     if options.json:
         print(json.dumps(answer, ensure_ascii=False), flush=True)
     elif "other" in answer:
-        print_comparison(make_console(), index, answer, query_words(index.keywords, answer["query"]))
+        indexes = (index, load_other(options.compare))
+        print_comparison(make_console(), indexes, answer, query_words(index.keywords, answer["query"]))
     else:
         print_answer(make_console(), index, answer)
     return answer
@@ -830,7 +840,8 @@ def prompt(index: Index, request: Request, options: argparse.Namespace, errors: 
                 request = command(index, line, request, results)
             else:
                 answer = answer_query(index, line, request, options)
-                found, results = found or answer["relevant"], answer["results"]
+                found = found or answer["relevant"]
+                results = answer["results"] if answer["relevant"] else []  # those that are on the screen
         except UserError as error:
             print(f"error: {error}", file=errors or sys.stderr)
         except KeyboardInterrupt:
@@ -894,8 +905,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Search the target documents by meaning, by words, by both, or for what a task needs.",
         epilog='examples:\n  python semantic_search.py "who reviews a finished task?"\n'
-        '  python semantic_search.py --mode keyword --top-k 3 "KM-2.1"',
+        '  python semantic_search.py --mode keyword --top-k 3 "KM-2.1"\n'
+        '  python semantic_search.py -- "--no-cache"',
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("query", nargs="*", help="one query; without it, a prompt, or one query a line from a pipe")
     parser.add_argument("--mode", choices=MODES, default=config.SEARCH_MODE, help="(config.SEARCH_MODE)")
@@ -923,7 +936,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script with these arguments, by default the command line's; return the exit status."""
-    options = build_parser().parse_args(argv)
+    options, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        command = shlex.join(["python", "semantic_search.py", "--", *options.query, *unknown])
+        raise UserError(f"{unknown[0]} is no option; to search for it, put -- before the query: {command}")
     errors = sys.stderr
     config.set_verbosity(options)
     if options.top_k < 1:

@@ -335,6 +335,13 @@ def test_a_long_paragraph_is_cut_at_sentence_ends_with_no_piece_beyond_the_limit
     assert all(len(text) <= MAX_CHARS and text.endswith(".") for text in found)
 
 
+def test_pieces_of_a_long_sentence_name_the_lines_they_stand_on():
+    lines = [f"line{number} of a sentence that has no end and goes on" for number in range(40)]
+    for passage in cut_passages("# A\n\n" + "\n".join(lines) + "\n", "a.md", MAX_CHARS):
+        numbers = [int(number) + 3 for number in re.findall(r"line(\d+) ", passage.text)]
+        assert passage.start_line in (numbers[0], numbers[0] - 1) and passage.end_line == numbers[-1]
+
+
 def test_a_paragraph_without_a_sentence_end_or_a_space_is_cut_all_the_same():
     assert max(map(len, texts_of("word " * 1000))) <= MAX_CHARS
     assert "".join(texts_of("x" * 5000)) == "x" * 5000

@@ -28,7 +28,7 @@ import run_finetuning
 import semantic_search
 from config import UserError
 from run_finetuning import USUAL_NEARNESS, QueryWord, query_words, relevance, standard_scores
-from semantic_search import Request, share, split_needs
+from semantic_search import Request, search, share, split_needs
 
 MODES = ["semantic", "keyword", "hybrid", "task"]
 RESULT_KEYS = {
@@ -224,6 +224,15 @@ def test_a_sentence_wrapped_into_lines_is_one_need_and_lines_without_marks_are_o
         f"{items[1]} ve sonra",
         items[2],
     ]
+
+
+def test_short_items_of_a_list_are_needs_of_their_own():
+    items = ["CORS", "rate limiting", "bake cakes", "graceful shutdown"]
+    assert split_needs("\n".join(f"- {item}" for item in items)) == items
+    numbered = ["Logları temizle", "Kek pişir", "Docker güncelle"]
+    assert split_needs("\n".join(f"{number}. {item}" for number, item in enumerate(numbered, 1))) == numbered
+    assert split_needs("Needed:\n- CORS\n- rate limiting") == ["Needed: CORS", "rate limiting"]
+    assert split_needs("Write the report.\n- **Öncelik:** P1") == ["Write the report. Öncelik: P1"]
 
 
 def test_each_row_of_a_table_is_one_need_and_its_header_is_none():
@@ -463,13 +472,78 @@ def test_an_explanation_of_a_task_names_the_need_and_the_score_that_the_result_h
 
 
 def test_the_fitted_weight_of_the_index_is_used_unless_config_names_one(index_of, monkeypatch, capsys):
-    index = index_of(None, search={"semantic_weight": 0.75})
-    assert index.header["search"] == {"semantic_weight": 0.75}
+    index = index_of(None, search={"semantic_weight": 0.55})
+    assert index.header["search"] == {"semantic_weight": 0.55}
     query = ["--json", "--explain", "--min-relevance", "0", "--index-dir", index.folder, "yedek parça"]
-    for configured, used in ((None, 0.75), (0.1, 0.1)):
+    for configured, used in ((None, 0.55), (0.1, 0.1), (0.9, 0.9)):
         monkeypatch.setattr(config, "SEMANTIC_WEIGHT", configured)
         assert exit_status(semantic_search.main, query) == 0
         assert json.loads(capsys.readouterr().out)["results"][0]["explain"]["semantic_weight"] == used
+
+
+def test_the_fitted_weight_counts_for_less_where_a_query_has_but_a_word_or_two(index_of):
+    index = index_of(None, search={"semantic_weight": 0.85})
+    for query, weight in (("bütçe", 0.3), ("yedek parça", 0.6), ("yedek zürafa", 0.3)):
+        words = query_words(index.keywords, query)
+        assert run_finetuning.weight_for_few_words(index.semantic_weight, words) == pytest.approx(weight), query
+    words = query_words(index.keywords, "görevler her sabah panoda takip edilir")
+    assert run_finetuning.weight_for_few_words(index.semantic_weight, words) == 0.85
+
+
+def test_a_code_is_not_found_by_another_with_the_same_letters(index_of):
+    index = index_of(
+        {"a.md": "# A\n\nFSTWRN001 is a warning.\n", "b.md": "# B\n\nworker3 stands still, worker31 runs.\n"}
+    )
+
+    def found(query: str) -> list[str]:
+        return [one["source_file"] for one in search(index, query, Request("keyword", 5, min_relevance=0.5))["results"]]
+
+    assert found("FSTWRN001") == ["a.md"] and found("worker3") == ["b.md"]
+    assert not search(index, "FSTWRN999", Request("hybrid", 5, min_relevance=0.5))["relevant"]
+
+
+@pytest.mark.parametrize(
+    ("query", "file"),
+    [
+        (".setErrorHandler()", "a.md"),
+        ("MICROSERV-001", "b.md"),
+        ("v1.7.1", "c.md"),
+        ("2.0.3", "c.md"),
+        (".close()", "a.md"),
+    ],
+)
+def test_a_name_is_found_without_its_dot_an_id_by_its_end_and_a_version_with_and_without_v(index_of, query, file):
+    index = index_of(
+        {
+            "a.md": "# Server\n\n## setErrorHandler\n\nsetErrorHandler is called by a route. To close it, wait.\n",
+            "b.md": "# Görevler\n\n- AG-MIM-MICROSERV-001: Servis sınırlarını çiz.\n",
+            "c.md": "# Changes\n\nIn 1.7.1 a leak was mended, in v2.0.3 another.\n",
+            "d.md": "# Başka\n\nBambaşka bir metin burada durur.\n",
+        }
+    )
+    for mode in ("keyword", "hybrid"):
+        answer = search(index, query, Request(mode, 5, min_relevance=0.5))
+        assert answer["relevant"] and answer["results"][0]["source_file"] == file, mode
+    for made_up in ("MICROSERV-701", "v9.9.9"):
+        assert not search(index, made_up, Request("hybrid", 5, min_relevance=0.5))["relevant"]
+
+
+def test_a_long_text_about_something_else_is_not_relevant_by_the_words_it_holds_by_chance():
+    words = [QueryWord(f"w{number}", f"w{number}", "stem", 5, 3.0) for number in range(60)]
+    some = {word.term for word in words[:7]}
+    of_sixty, of_twelve = (relevance(own, some, some, USUAL_NEARNESS, 1000) for own in (words, words[:12]))
+    assert of_sixty < 0.5 < of_twelve
+
+
+@pytest.mark.parametrize("mode", ["keyword", "hybrid", "semantic"])
+def test_whether_something_relevant_was_found_does_not_depend_on_how_many_results_are_shown(meant, capsys, mode):
+    for query in ("görev takibi", "yumurta nasıl haşlanır", "kim gözden geçirir", "release"):
+        found = set()
+        for top_k in (1, 2, 5, 50):
+            arguments = ["--json", "--mode", mode, "--top-k", top_k, "--index-dir", meant.index, query]
+            found.add(exit_status(semantic_search.main, arguments))
+            assert len(json.loads(capsys.readouterr().out)["results"]) <= top_k
+        assert len(found) == 1, query
 
 
 def test_words_count_by_how_much_of_the_query_one_passage_holds(index_of):
@@ -630,6 +704,13 @@ def test_the_row_or_item_that_an_id_begins_is_its_entry_before_what_mentions_it(
 
 
 # ------------------------------------------------------------------------------------------------ two indexes
+
+
+def test_a_query_that_begins_with_a_dash_gets_a_line_that_tells_how_to_search_for_it(chain, capsys):
+    assert exit_status(semantic_search.main, ["--index-dir", chain.index, "--no-cache"]) == 2
+    line = error_line(capsys.readouterr().err)
+    assert line.endswith("python semantic_search.py -- --no-cache")
+    assert exit_status(semantic_search.main, ["--index-dir", chain.index, "--mode", "keyword", "--", "--bütçe"]) == 0
 
 
 def test_two_indexes_are_compared_by_rank(chain, index_of, capsys):
