@@ -905,12 +905,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Search the target documents by meaning, by words, by both, or for what a task needs.",
         epilog='examples:\n  python semantic_search.py "who reviews a finished task?"\n'
-        '  python semantic_search.py --mode keyword --top-k 3 "KM-2.1"\n'
-        '  python semantic_search.py -- "--no-cache"',
+        '  python semantic_search.py --mode keyword --top-k 3 "KM-2.1"',
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("query", nargs="*", help="one query; without it, a prompt, or one query a line from a pipe")
+    parser.add_argument(
+        "query",
+        nargs="*",
+        help="one query, behind -- if it begins with a dash; without it, a prompt, or one query a line from a pipe",
+    )
     parser.add_argument("--mode", choices=MODES, default=config.SEARCH_MODE, help="(config.SEARCH_MODE)")
     parser.add_argument("--top-k", type=int, default=config.TOP_K, metavar="N", help="results shown (config.TOP_K)")
     parser.add_argument(
