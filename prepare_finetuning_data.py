@@ -905,7 +905,8 @@ def find_holders(distinct: list[Passage], held_out: set[str]) -> Holders:
         runs = {words[i : i + length] for i, word in enumerate(words) for length in lengths.get(word, ())}
         for run in sorted(named & runs):
             terms[run].append(passage)
-        for query in {fold(heading_query(passage.heading[:depth])) for depth in range(1, len(passage.heading) + 1)}:
+        paths = (passage.heading[:depth] for depth in range(1, len(passage.heading) + 1))
+        for query in dict.fromkeys(fold(heading_query(path)) for path in paths):
             headings[query].append(passage)
 
     def few(table: dict) -> dict:
