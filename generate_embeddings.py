@@ -687,7 +687,7 @@ class Index:
         """
         try:
             return opener(self.folder if kind == "encoder" else checked_file(self.folder, self.header, kind))
-        except (UserError, RuntimeError, sqlite3.Error) as error:
+        except (UserError, FileNotFoundError, RuntimeError, sqlite3.Error) as error:
             if read_header(self.folder / METADATA)["id"] != self.header["id"]:
                 raise Superseded(f"{self.folder} was built anew meanwhile; search again") from None
             raise error if isinstance(error, UserError) else UserError(damaged(self.folder / METADATA)) from None

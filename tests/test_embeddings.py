@@ -518,6 +518,18 @@ def test_what_an_index_says_of_itself_does_not_steer_the_terminal(built):
     assert status == 0 and "evil" in printed.out and "\x1b" not in printed.out
 
 
+def test_a_file_that_goes_between_its_check_and_its_opening_belongs_to_a_superseded_index(built, monkeypatch):
+    monkeypatch.setattr(config, "INDEX_BACKUPS", 0)
+    index = load_index(built.index)
+    change(built)
+    assert built.build()[0] == 0
+    unchecked = lambda folder, header, kind: folder / header["files"][kind][0]
+    monkeypatch.setattr(generate_embeddings, "checked_file", unchecked)
+    for part in ("vectors", "keywords"):
+        with pytest.raises(generate_embeddings.Superseded):
+            getattr(index, part)
+
+
 def test_backups_are_listed_where_the_index_itself_is_damaged(built):
     change(built)
     assert built.build()[0] == 0
