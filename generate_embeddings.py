@@ -18,7 +18,7 @@ Only passages that are new are embedded; the others keep their vectors. Files wr
     metadata-<id>.json       an earlier index kept as a backup, with its two files (config.INDEX_BACKUPS)
     encoder-<fingerprint>/   the ONNX form of a model whose own folder has none (a base model)
 
-metadata.json: {"checksum": CRC-32 of all lines below the first, "header_checksum": of the second alone, "format": 6,
+metadata.json: {"checksum": CRC-32 of all lines below the first, "header_checksum": of the second alone, "format": 7,
 "id", "created", "documents_root", "globs", "max_passage_chars", "max_document_mb", "scripts": SHA-256 of the code that
 cuts passages and words, "faiss_index": config.FAISS_INDEX, "documents": {source_file: [bytes, modified in ns,
 SHA-256]}, "model": {"name", "fingerprint", "folder" relative to the index, "files": {name: [bytes, CRC-32]}}, "search":
@@ -82,7 +82,7 @@ from run_finetuning import (
     write_keywords,
 )
 
-FORMAT = 6
+FORMAT = 7
 METADATA = "metadata.json"
 ID, FINGERPRINT = "[0-9]" * 8 + "T" + "[0-9]" * 12, "[0-9a-f]" * 12  # in the names of files, for glob
 
@@ -123,7 +123,7 @@ def distinct_passages(
 
 def add_passage(records: dict[str, dict], passage: Passage, order: dict[str, int]) -> None:
     """Add a passage to the records by hash; the first document that has it is its source, the others its also_in."""
-    identity = [passage.heading, passage.text, passage.model_text]  # the last: as this version of the scripts cuts it
+    identity = [passage.heading, passage.text, passage.model_text]  # the last: as this version of the scripts reads it
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     own = {
         "id": digest[:16],

@@ -354,13 +354,13 @@ def is_heading(node, lines: list[str]) -> bool:
     """
     if re.match(r" {4}| {0,3}\t", lines[node.map[0]]):
         return False
-    text = node.children[0].content if node.children else ""
+    text = node.children[0].content
     return node.markup not in ("-", "=") or (len(text) <= 100 and not (node.markup == "-" and text.endswith(".")))
 
 
 def tells_nothing(node, lines: list[str]) -> bool:
     """Tell whether a node is a comment, or a list that only leads to the headings of its own document."""
-    own = lines[slice(*node.map)] if node.map else []
+    own = lines[slice(*node.map)]
     if node.type == "html_block":
         return own[0].lstrip().startswith("<!--") and "\n".join(own).rstrip().endswith("-->")
     return node.type.endswith("_list") and all(CONTENTS_LINE.fullmatch(line) for line in own if line.strip())

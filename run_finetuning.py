@@ -437,6 +437,7 @@ KNOWS_LANGUAGE = 2 / 3  # the language_share from which on a base knows the docu
 MAX_POSTINGS = 20_000  # beyond, a query's commonest words are left out: they tell least and take nearly all the time
 PREFIX_LETTERS = 6  # Turkish hangs its endings on the stem: the first letters are nearly always the stem
 FIRST_LETTERS = 4  # what a stem shares with its forms in whatever ending
+HEADS = ">"  # before a name that a heading begins with; in no word or name
 LAST_LETTER = "\U0010ffff"  # comes after whatever words begin with
 FUNCTION_WORDS = """
 ne neden nasıl nedir neler nelerdir hangi hangisi kim kimdir kimin kimler kaç nerede nereden nereye niçin niye mi mı mu
@@ -496,9 +497,10 @@ class Keywords:
         return rows.fetchone()[0] or 0
 
     def longer_names(self, name: str) -> list[tuple[int, bytes]]:
-        """Return how many passages hold each name that ends in "-name", and their places as in the column exact."""
-        rows = self.database.execute("SELECT passages, exact FROM postings WHERE term LIKE ?", (f"_%-{name}",))
-        return rows.fetchall()
+        """Return how many passages hold each name that ends in "-name", and their places as in the table."""
+        query = "SELECT passages, stems, exact FROM postings WHERE term LIKE ? AND term NOT LIKE ?"
+        rows = self.database.execute(query, (f"_%-{name}", f"{HEADS}%"))
+        return [(passages, stems + exact) for passages, stems, exact in rows]
 
     def places_and_counts(self, column: str, beginning: str, end: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the passages that hold a term from `beginning` to `end`, and how often."""
@@ -521,7 +523,7 @@ class Keywords:
         places, counts = self.places_and_counts("exact", word.word, word.word)
         yield places, counts / 2, 1.0
         if word.kind == "name":
-            yield *self.places_and_counts("stems", f"-{word.term}", f"-{word.term}"), 1.0
+            yield *self.places_and_counts("stems", HEADS + word.term, HEADS + word.term), 1.0
         elif word.weight and len(word.word) >= PREFIX_LETTERS:
             first = word.word[:FIRST_LETTERS]
             if self.holders(first, first + LAST_LETTER) <= MAX_POSTINGS:
@@ -564,12 +566,12 @@ def write_keywords(path: Path | str, passages: Iterable[tuple[Sequence[str], str
 
 
 def heading_terms(headings: Sequence[str]) -> list[str]:
-    """Return the stems of a passage's headings and, three times, their names; of each the first as -name once, too."""
+    """Return the stems of a passage's headings and, three times, their names and which name each begins with."""
     terms = keyword_terms(" ".join(headings))[1]
     for heading in headings:
         names = [name for _, name, _ in words_and_names(heading)]
         terms += 3 * [name for name in names if name]
-        terms += [f"-{name}" for name in names[:1] if name] * 3  # "KM-2.1: …", its entry, before what mentions it
+        terms += [HEADS + name for name in names[:1] if name] * 3  # "KM-2.1: …", its entry, before what mentions it
     return terms
 
 
@@ -609,14 +611,11 @@ def query_words(index: Keywords, query: str) -> list[QueryWord]:
     words: dict[str, tuple[str, str, int, bool]] = {}
     function_words: set[str] = set()
     for as_typed, name, parts in words_and_names(query):
-        as_one = False
-        if name:
-            is_id = any(map(str.isdigit, as_typed))
-            name, kind, holders = known_name(index, name, is_id)
-            # A name that the documents hold is one thing, and so is an ID; of other words in one, each may stand alone,
-            # as that of ".close()" may.
-            alone = len(parts) == 1 and not is_id and index.holders(parts[0], parts[0]) > holders
-            as_one = is_id or (holders > 0 and not alone)
+        as_one, is_id = False, any(map(str.isdigit, as_typed))
+        name, kind, holders = known_name(index, name, is_id) if name else ("", "", 0)
+        if name and name not in parts:  # not ".close()", which is a word
+            # A name that the documents hold is one thing, and so is an ID; of other words in one, each may stand alone.
+            as_one = is_id or holders > 0
             words[name] = (name, kind, holders, as_one)
         for part in parts:
             words.setdefault(part, (*stem_or_beginning(index, part), not as_one))
@@ -640,10 +639,8 @@ def known_name(index: Keywords, name: str, is_id: bool) -> tuple[str, str, int]:
     """
     holders = index.holders(name, name)
     plain = name.removeprefix("-")
-    if not is_id and plain != name:
-        dotted, bare = (len(index.places_and_counts("exact", form, form)[0]) for form in (name, plain))
-        if bare > dotted:
-            return plain, "name", index.holders(plain, plain)
+    if not is_id and plain != name and (more := index.holders(plain, plain)) > holders:
+        return plain, "name", more
     if is_id and not holders and not name.replace("-", "").isdigit() and (longer := index.longer_names(name)):
         return name, "ending", sum(passages for passages, _ in longer)
     return name, "name", holders
@@ -658,10 +655,8 @@ def stem_or_beginning(index: Keywords, word: str) -> tuple[str, str, int]:
     """
     stem = stem_of(word)
     holders = index.holders(stem, stem)
-    if len(word) >= PREFIX_LETTERS and not word.isalpha():
-        return stem, "stem", holders
     beginnings = [stem] * (len(word) in (4, 5) or (len(word) == 3 and not holders))
-    beginnings += [stem[:-1]] * (len(stem) >= PREFIX_LETTERS - 1 and not holders)
+    beginnings += [stem[:-1]] * (len(stem) >= PREFIX_LETTERS - 1 and stem.isalpha() and not holders)
     for beginning in beginnings:
         if longer := index.holders(beginning, beginning + LAST_LETTER):
             return beginning, "beginning", longer
@@ -1029,7 +1024,8 @@ def claim_workspace(folder: Path, identity: str, fresh: bool) -> int:
     """
     left = read_json(folder / "run.json")
     process = left.get("process")
-    if isinstance(process, int) and process != os.getpid() and is_running(process) and not fresh:
+    # Windows does not tell without ending it; there, two runs at once are the person's to avoid.
+    if isinstance(process, int) and process != os.getpid() and os.name != "nt" and is_running(process) and not fresh:
         raise UserError(f"process {process} is training with {folder}; wait for it, or --fresh starts over without it")
     checkpoint = last_checkpoint(folder)
     if checkpoint and left.get("identity") == identity and not fresh:
@@ -1587,8 +1583,7 @@ def run_identity(options: argparse.Namespace, base_folder: Path) -> str:
     names = ("training_data.tsv", "evaluation_data.tsv", "corpus.tsv")
     parts = [sha256_of(options.data_dir / name) for name in names] + [getattr(options, name) for name in SETTINGS]
     parts += [config.TRAINING_TOKENS, config.QUESTION_WEIGHT, config.MAX_UNLABELLED_STEPS, config.WATCHED_PASSAGES]
-    parts.append(processes())
-    parts.append(model_fingerprint(base_folder))
+    parts += [processes(), model_fingerprint(base_folder)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

@@ -507,6 +507,7 @@ def test_a_code_is_not_found_by_another_with_the_same_letters(index_of):
     [
         (".setErrorHandler()", "a.md"),
         ("MICROSERV-001", "b.md"),
+        ("PLAN-002", "b.md"),
         ("v1.7.1", "c.md"),
         ("2.0.3", "c.md"),
         (".close()", "a.md"),
@@ -515,8 +516,8 @@ def test_a_code_is_not_found_by_another_with_the_same_letters(index_of):
 def test_a_name_is_found_without_its_dot_an_id_by_its_end_and_a_version_with_and_without_v(index_of, query, file):
     index = index_of(
         {
-            "a.md": "# Server\n\n## setErrorHandler\n\nsetErrorHandler is called by a route. To close it, wait.\n",
-            "b.md": "# Görevler\n\n- AG-MIM-MICROSERV-001: Servis sınırlarını çiz.\n",
+            "a.md": "# Server\n\n## setErrorHandler\n\nCalled when a route throws. To close it, wait.\n",
+            "b.md": "# Görevler\n\n- AG-MIM-MICROSERV-001: Servis sınırlarını çiz.\n\n## AG-PLAN-002\n\nPlan yap.\n",
             "c.md": "# Changes\n\nIn 1.7.1 a leak was mended, in v2.0.3 another.\n",
             "d.md": "# Başka\n\nBambaşka bir metin burada durur.\n",
         }
