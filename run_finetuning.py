@@ -428,6 +428,7 @@ def fitted_weight(share: float | None) -> float:
 # ----------------------------------------------------------------------------- scores by words, and by both
 
 WORD_OR_NAME = re.compile(r"(?:(?<![\w.])\*?\.)?[^\W_]+(?:[._/#:@+-]+[^\W_]+)*")  # word, KM-2.1, src/main.py, *.alt
+CODE_LETTERS = re.compile(r"\A[^\W\d]{3,}(?=\d)")  # of FSTWRN004
 CAMEL = re.compile(r"(?<=[a-zçğıöşü0-9])(?=[A-ZÇĞİÖŞÜ])")
 ENDING = re.compile(r"(?<=\w)(?<!\b[cdjlmnstCDJLMNST])['’][^\W_]+")  # API'nin, don't; not l'utilisateur
 MAX_QUERY_WORDS = 64
@@ -464,12 +465,16 @@ def folded_name_and_words(word: str) -> tuple[str, tuple[str, ...]]:
 
 
 def keyword_terms(text: str) -> tuple[list[str], list[str]]:
-    """Return the folded words of a text, whole names such as km-2-1 among them, and the words cut to their stems."""
+    """Return the folded words of a text, whole names such as km-2-1 among them, and the words cut to their stems.
+
+    Of a code, the stem of its letters is one, too: "worker" finds "worker3", whose own stem "worker4" does not have.
+    """
     exact: list[str] = []
     stems: list[str] = []
     for _, name, words in words_and_names(text):
         exact += [name, *words] if name else words
-        stems += map(stem_of, words)
+        for word in words:
+            stems += [stem_of(word), *(stem_of(letters) for letters in CODE_LETTERS.findall(word))]
     return exact, stems
 
 

@@ -42,10 +42,11 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -58,6 +59,7 @@ from generate_embeddings import Index, Superseded, build_command, load_index
 from prepare_finetuning_data import LIST_MARK, TABLE_RULE, composed, plain_text, render, sentences, warn
 from run_finetuning import (
     CANDIDATES,
+    MAX_QUERY_WORDS,
     USUAL_NEARNESS,
     QueryWord,
     combined_scores,
@@ -188,6 +190,8 @@ def search(index: Index, query: str, request: Request) -> dict:
         raise UserError('the query is empty; give some words, such as: python semantic_search.py "who reviews a task?"')
     if len(query) > MAX_QUERY_CHARS:
         warn(f"only the first {MAX_QUERY_CHARS:,} of the query's {len(query):,} characters are searched")
+    if request.mode != "task" and len({word for word, *_ in words_and_names(query)}) > MAX_QUERY_WORDS:
+        warn(f"only the first {MAX_QUERY_WORDS} words of the query are looked up; --mode task searches whole texts")
     while True:
         try:
             return {"query": query, "mode": request.mode} | find(index, query[:MAX_QUERY_CHARS], request)
@@ -541,14 +545,18 @@ SEARCHED_DEEPER = 50  # ranks to which the other index of --compare is searched,
 
 
 def make_console():
-    """Return what prints for people: colour on a terminal (not with NO_COLOR), 100 columns and no colour on a pipe."""
+    """Return what prints for people: colour on a terminal (not with NO_COLOR), 100 columns and no colour on a pipe.
+
+    A terminal narrower than 20 columns gets lines of 20.
+    """
     from rich.console import Console
 
     class Printer(Console):
         def on_broken_pipe(self) -> None:  # rich would exit with the status for "nothing relevant found"
             raise BrokenPipeError
 
-    return Printer(width=None if sys.stdout.isatty() else 100, highlight=False, markup=False, emoji=False)
+    columns = max(shutil.get_terminal_size().columns, 20) if sys.stdout.isatty() else 100
+    return Printer(width=columns, highlight=False, markup=False, emoji=False)
 
 
 def openable(index: Index, source_file: str) -> str:
@@ -590,9 +598,12 @@ def matches(words: list[QueryWord], text: str) -> list[tuple[int, int]]:
 
 def excerpt(text: str, words: list[QueryWord], room: int) -> str:
     """Return the part of a text, from a sentence's start, that holds most of the query's words in `room` columns."""
+    from rich.cells import cell_len
+
     text = printable(plain_text(text))
-    if len(text) <= room:
+    if cell_len(text) <= room:
         return text
+    room = room * len(text) // cell_len(text)  # in characters; wide ones take two columns
     spans = matches(words, text)
     starts = [0]
     for sentence in sentences(text)[:-1]:
@@ -817,6 +828,15 @@ def answer_query(index: Index, query: str, request: Request, options: argparse.N
 load_other = functools.cache(load_index)
 
 
+def piped_queries(shown: bool) -> Iterator[str]:
+    """Yield the lines of a pipe; shown: print each before it is searched, so that the answers can be told apart."""
+    for line in sys.stdin.buffer:
+        query = line.decode(errors="replace").rstrip("\r\n")
+        if shown:
+            print(f"search> {printable(query)}", flush=True)
+        yield query
+
+
 def prompt(index: Index, request: Request, options: argparse.Namespace, errors: TextIO | None = None) -> bool:
     """Answer line by line until an empty line or Ctrl-D; tell whether anything relevant was found.
 
@@ -963,7 +983,7 @@ def main(argv: list[str] | None = None) -> int:
         names = ", ".join(changed[:3]) + ", …" * (len(changed) > 3)
         following = build_command(options.index_dir, index.header)
         warn(f"{options.index_dir} is older than {len(changed)} of its documents ({names}); run {following}")
-    piped = (line.decode(errors="replace").rstrip("\r\n") for line in sys.stdin.buffer)
+    piped = piped_queries(shown=not (options.json or options.html))
     if options.html:
         queries = [" ".join(options.query)] if options.query or sys.stdin.isatty() else piped
         found = any(one["relevant"] for one in write_comparison(options.html, index, queries, request, options.compare))

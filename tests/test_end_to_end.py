@@ -13,7 +13,7 @@ import config
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = [json.loads(line) for line in (ROOT / "tests" / "sample_questions.jsonl").open(encoding="utf-8")]
-pytestmark = pytest.mark.timeout(1500)  # real training and embedding
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # real training and embedding
 SHORT = ("--max-steps", "8")
 ALT_LAS = ROOT.parent / "shared" / "documents" / "alt_las"
 

@@ -230,6 +230,7 @@ def test_restoring_killed_at_any_moment_leaves_the_current_index_or_the_one_befo
     assert found == {1, 2}
 
 
+@pytest.mark.slow
 def test_saving_a_model_killed_at_any_moment_leaves_search_with_the_index_s_model(server, place, chain, capsys):
     for _ in range(2):  # the second one has a <name>.previous to replace, as all later ones have
         whole = run(server, Saving(chain, place.model, 0))
@@ -305,6 +306,7 @@ def read_for(index_dir: Path, seconds: float, log: Path) -> None:
     log.write_text(json.dumps({"count": count, "wrong": wrong}), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_two_writers_and_ten_readers_for_a_minute_see_whole_indexes_only(server, place, tmp_path):
     logs = [tmp_path / f"reader{number}" for number in range(10)]
     readers = [server.Process(target=read_for, args=(place.index, 60, log)) for log in logs]

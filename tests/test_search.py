@@ -417,7 +417,7 @@ def test_a_word_behind_a_shortened_article_is_found_and_marked(index_of):
 
 def test_a_long_text_without_spaces_is_cut_anywhere():
     shown = semantic_search.excerpt("漏水" * 400, [], 60)
-    assert shown.startswith("漏水漏水") and 50 <= len(shown) <= 60
+    assert shown.startswith("漏水漏水") and 25 <= len(shown) <= 30  # each takes two columns
     assert semantic_search.excerpt("bir iki " * 100, [], 30) == "bir iki bir iki bir iki bir …"
 
 
@@ -499,6 +499,7 @@ def test_a_code_is_not_found_by_another_with_the_same_letters(index_of):
         return [one["source_file"] for one in search(index, query, Request("keyword", 5, min_relevance=0.5))["results"]]
 
     assert found("FSTWRN001") == ["a.md"] and found("worker3") == ["b.md"]
+    assert found("FSTWRN") == ["a.md"] and found("workers") == ["b.md"]  # the letters alone find all of them
     assert not search(index, "FSTWRN999", Request("hybrid", 5, min_relevance=0.5))["relevant"]
 
 
@@ -1088,6 +1089,44 @@ def test_lines_keep_to_the_width_with_wide_letters(index_of, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 3 and max(cell_len(line) for line in lines[1:]) <= 100
     assert all(line == line.rstrip() for line in lines)
+
+
+def test_an_excerpt_of_wide_letters_takes_no_more_lines_than_another():
+    from rich.cells import cell_len
+
+    room = 3 * 97
+    text = "設定画面で言語を選び保存を押してから再起動します kapak " * 12
+    assert room * 0.8 < cell_len(semantic_search.excerpt(text, [], room)) <= room
+    narrow = "ayarlar sayfasında dili seçip kaydettikten sonra yeniden başlatın " * 12
+    assert room * 0.8 < cell_len(semantic_search.excerpt(narrow, [], room)) <= room
+
+
+@pytest.mark.parametrize("columns", [1, 3, 40])
+def test_a_narrow_terminal_is_written_on(chain, monkeypatch, capsys, columns):
+    monkeypatch.setattr(semantic_search.shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert semantic_search.make_console().width == max(columns, 20)
+    for extra in ([], ["--explain", "--context", "1"], ["--compare", chain.index]):
+        arguments = ["--mode", "keyword", "--index-dir", chain.index, *extra, "yedek parça"]
+        assert exit_status(semantic_search.main, arguments) == 0
+        assert "yedek" in capsys.readouterr().out.lower()
+
+
+def test_a_long_query_is_told_how_much_of_it_is_looked_up(chain, capsys):
+    query = " ".join(f"kelime{number}" for number in range(80)) + " yedek"
+    arguments = ["--index-dir", chain.index, query]
+    exit_status(semantic_search.main, ["--mode", "keyword", *arguments])
+    assert "only the first 64 words" in capsys.readouterr().err
+    exit_status(semantic_search.main, ["--mode", "task", *arguments])
+    assert "only the first 64 words" not in capsys.readouterr().err
+
+
+def test_answers_to_piped_queries_stand_below_their_query(chain):
+    done = run_script("semantic_search.py", "--mode", "keyword", "--index-dir", chain.index, stdin="bütçe\nKM-2.1\n")
+    lines = done.stdout.splitlines()
+    heads = [number for number, line in enumerate(lines) if line.startswith("search> ")]
+    assert [lines[number] for number in heads] == ["search> bütçe", "search> KM-2.1"]
+    assert all(lines[number + 1].startswith("1. ") for number in heads)
 
 
 def test_the_place_is_given_from_the_current_folder(chain, capsys, monkeypatch):
