@@ -716,6 +716,11 @@ class Index:
         """Hybrid search's weight of the meaning that run_finetuning.py has fitted for the index's model."""
         return self.header["search"].get("semantic_weight", DEFAULT_SEMANTIC_WEIGHT)
 
+    @property
+    def knows_language(self) -> bool:
+        """Whether the model's base knows the documents' language: fitted_weight is never near a half."""
+        return self.semantic_weight > 0.5
+
     @functools.cached_property
     def keywords(self) -> Keywords:
         def opener(path: Path) -> Keywords:

@@ -735,23 +735,31 @@ def standard_scores(scores: dict[int, float]) -> dict[int, float]:
 
 
 USUAL_NEARNESS = 0.15  # stands in for a model's
+# What counts towards the relevance: nearness, the share of the words held, their number, whether all are, the number of
+# passages, and the constant; the second where the model's base knows the documents' language.
+RELEVANCE = (12.5, 3.05, 3.24, 4.1, -0.2, -5.75)
+RELEVANCE_KNOWN = (24.0, 4.5, 2.4, 7.0, -0.65, -4.0)
 
 
-def relevance(words: list[QueryWord], exact: set[str], stems: set[str], nearness: float, passages: int) -> float:
+def relevance(
+    words: list[QueryWord], exact: set[str], stems: set[str], nearness: float, passages: int, known: bool = False
+) -> float:
     """Return the probability that the passage with these keyword_terms has to do with the query of these words.
 
     It was fitted by logistic regression on people's questions to eight sets of documents with their tuned models
     (Turkish planning, regulations and history, English abstracts and software), each against the questions to ten
     sets; those to documents of a near subject counted for a fifth, and so did words and pairs of words drawn from each
     set. A query stood by the likeliest of its first five passages. The number of passages counts for less than fitted,
-    and the constant is that by which nine tenths of the planning documents' own questions come to 0.5. README.md
-    tells how far it holds.
+    and the constant is that by which nine tenths of the planning documents' own questions come to 0.5, or of the
+    English software's where the language is known. README.md tells how far it holds.
 
-    Of a query of more words than any of those had, more are held by chance: beyond twelve, a word held counts for less.
+    A name that is held counts as the words it is made of, up to four. Of a query of more words than any of those had,
+    more are held by chance: beyond twelve, a word held counts for less.
 
     nearness: the query's cosine with the passage, less its mean cosine with all: vectors that lie all in one direction,
     as a language's do that the model does not know, tell nothing.
     passages: the number that the index has; in more of them, more is found by chance.
+    known: whether the nearness is that of a model whose base knows the documents' language, which tells twice as much.
     A query without words has 0.
     """
     weight = sum(word.weight for word in words)
@@ -761,10 +769,12 @@ def relevance(words: list[QueryWord], exact: set[str], stems: set[str], nearness
     held = [word for word in words if word.is_in(exact, stems)]
     near = [word for word in words if word not in held and word.is_nearly_in(stems)] if held else []
     coverage = (sum(word.weight for word in held) + sum(word.weight for word in near) / 2) / weight
-    number = (len(held) + len(near) / 2) * min(1.0, 12 / len(words)) ** 0.5
-    by_words = 3.05 * coverage + 3.24 * math.log1p(number)
-    all_held = 4.1 * (coverage > 0.99)  # a query of a word or two that stand there, whatever its meaning
-    return 1 / (1 + math.exp(5.75 + 0.2 * math.log(passages) - 12.5 * nearness - by_words - all_held))
+    in_names = sum(min(3, word.term.strip("-").count("-")) for word in held if word.kind == "name")
+    number = (len(held) + in_names + len(near) / 2) * min(1.0, 12 / len(words)) ** 0.5
+    all_held = coverage > 0.99  # a query of a word or two that stand there, whatever its meaning
+    counted = (nearness, coverage, math.log1p(number), all_held, math.log(passages), 1.0)
+    weights = RELEVANCE_KNOWN if known else RELEVANCE
+    return 1 / (1 + math.exp(-sum(one * value for one, value in zip(weights, counted, strict=True))))
 
 
 # ---------------------------------------------------------------------------------------------- training

@@ -157,10 +157,11 @@ def relevances(index: Index, searches: list[Scored], place: int) -> list[float]:
     exact, stems = passage_terms(index.passages[place])
     values = []
     for one in searches:
-        nearness = USUAL_NEARNESS
+        nearness, known = USUAL_NEARNESS, False
         if one.cosines:  # a passage that is no candidate is no nearer than those that are
             nearness = (one.cosines[place] if place in one.cosines else min(one.cosines.values())) - one.mean
-        values.append(relevance(one.words, exact, stems, nearness, len(index.passages)))
+            known = index.knows_language
+        values.append(relevance(one.words, exact, stems, nearness, len(index.passages), known))
     return values
 
 

@@ -322,6 +322,32 @@ def test_each_part_of_the_relevance_counts():
     assert gained[2] > 0.5 > gained[1] > gained[0]  # all words held outweigh that the meaning is far
 
 
+def test_a_name_that_is_held_tells_as_much_as_the_words_in_it():
+    unknown = [QueryWord(word, word[:6], "stem", 0, 8.0) for word in ("dilde", "yazilacak")]
+    name = QueryWord("os-integration-service", "os-integration-service", "name", 40, 4.0)
+    word = QueryWord("integration", "integr", "stem", 40, 4.0)
+    held = ({"os-integration-service", "os", "integration", "service"}, {"os", "integr", "servic"})
+    of_name, of_word = (relevance([one, *unknown], *held, USUAL_NEARNESS, 5000) for one in (name, word))
+    assert of_name > 2 * of_word
+
+
+def test_nearness_tells_more_where_the_base_knows_the_documents_language(index_of):
+    words = [QueryWord(name, name[:6], "stem", 3, 5.0) for name in ("secildi", "lisans", "neden")]
+    holding = ({"lisans"}, {"lisans"})
+    (less, more), (known_less, known_more) = (
+        [relevance(words, *holding, nearness, 2000, known) for nearness in (0.1, 0.4)] for known in (False, True)
+    )
+    assert known_less < less and more < known_more
+    index = index_of({"a.md": "# Depo\n\nAnahtar depoda durur.\n"})
+    scored = semantic_search.score_passages(index, "anahtar rafta", Request("hybrid", 5))
+    found = []
+    for weight in (0.2, 0.8):
+        index.header["search"] = {"semantic_weight": weight}
+        without_model = scored._replace(cosines={})
+        found.append([semantic_search.relevances(index, [one], 0) for one in (scored, without_model)])
+    assert found[0][0] != found[1][0] and found[0][1] == found[1][1]  # by words alone it is one and the same
+
+
 def test_a_pasted_log_line_does_not_hide_what_a_question_finds(ask):
     question = "gece debisi yükselirse alarm nasıl verilir"
     log = " 2031-04-17T03:12:44 requestId=8f3ab21c traceparent=4bf92f3577b34da6 upstream=10.42.7.19:8443 status=429"
