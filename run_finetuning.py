@@ -1957,17 +1957,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def finish(model, evaluation: dict, judged: HeldOut, options: argparse.Namespace) -> None:
-    """Save the model unless the installed one searches better; print the comparison."""
+    """Save the model unless the installed one searches better; print the comparison.
+
+    The checkpoints of one that is not saved stay, so that --force need not train again.
+    """
     better = worse_than_installed(np.array(evaluation["held_out"]["ranks"]), judged, options.model_dir)
     if better and not options.force:
-        summary = f"not saved, the installed model searches better: {better}; --force trains once more and replaces it"
+        summary = f"not saved, the installed model searches better: {better}; run it again with --force to replace that"
     else:
         save_model(model, options.model_dir, evaluation, judged.passages[:64])
+        remove(workspace(options.model_dir))
         summary = (
             f"wrote {options.model_dir} in {duration(60 * evaluation['minutes'])}; report.html there shows what was"
             f" gained; next: {index_command(options.model_dir)}"
         )
-    remove(workspace(options.model_dir))
     print_comparison(evaluation["comparison"], options.quiet, summary)
 
 

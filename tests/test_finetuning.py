@@ -831,10 +831,12 @@ def test_a_part_of_the_held_out_queries_keeps_their_answers_among_as_many_passag
         assert [part.passages[place] for place in part.answers] == [query.positive for query in part.queries]
 
 
-def judged_models(monkeypatch, chain, tmp_path, before: float, after: float) -> Path:
-    """Data with 80 held-out queries whose answers the base finds with chance `before`, a tuned model with `after`."""
+def judged_models(monkeypatch, chain, tmp_path, before: float, after: float, looks: int = 2) -> Path:
+    """Data with 80 held-out queries whose answers the base finds with chance `before`, a tuned model with `after`.
+
+    looks: at the watched queries, one for each of train()'s steps.
+    """
     data = shutil.copytree(chain.data, tmp_path / "data")
-    looks = 2  # at the watched queries, one for each of train()'s steps
     corpus = [CorpusPassage(f"answer {i}", "a.md") for i in range(80)]
     write_tsv(data / "corpus.tsv", corpus, CorpusPassage._fields)
     write_tsv(data / "evaluation_data.tsv", queries_of(80), Query._fields)
@@ -921,11 +923,13 @@ def test_a_model_worse_than_the_installed_one_replaces_it_only_by_force(chain, t
     for chance, more, replaced in ((0.9, [], True), (0.6, [], False), (0.6, ["--force"], True), (0.8, [], True)):
         with monkeypatch.context() as patch:
             shutil.rmtree(tmp_path / "data", ignore_errors=True)
-            data = judged_models(patch, chain, tmp_path, 0.2, chance)
+            data = judged_models(patch, chain, tmp_path, 0.2, chance, looks=0 if more else 2)
             before = snapshot(model) if model.exists() else {}
             assert train(data, model, chain.base, *more) == 0
         printed = capsys.readouterr().out
         assert ("not saved" in printed) != replaced and (snapshot(model) != before) == replaced, chance
+        assert ("going on after step" in printed) == bool(more)  # what was not saved is not trained again
+        assert run_finetuning.workspace(model).exists() != replaced
         assert VERDICT.search(printed.splitlines()[-1])[1] == "improved"
 
 
