@@ -738,7 +738,7 @@ USUAL_NEARNESS = 0.15  # stands in for a model's
 # What counts towards the relevance: nearness, the share of the words held, their number, whether all are, the number of
 # passages, and the constant; the second where the model's base knows the documents' language.
 RELEVANCE = (12.5, 3.05, 3.24, 4.1, -0.2, -5.75)
-RELEVANCE_KNOWN = (24.0, 4.5, 2.4, 7.0, -0.65, -4.0)
+RELEVANCE_KNOWN = (24.0, 4.5, 2.4, 7.0, -0.8, -2.8)
 
 
 def relevance(
