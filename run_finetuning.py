@@ -467,7 +467,7 @@ def folded_name_and_words(word: str) -> tuple[str, tuple[str, ...]]:
 def keyword_terms(text: str) -> tuple[list[str], list[str]]:
     """Return the folded words of a text, whole names such as km-2-1 among them, and the words cut to their stems.
 
-    Of a code, the stem of its letters is one, too: "worker" finds "worker3", whose own stem "worker4" does not have.
+    The stem of a code's letters is among them, too, so that "worker" finds "worker3", and "worker4" does not.
     """
     exact: list[str] = []
     stems: list[str] = []
@@ -1963,7 +1963,10 @@ def finish(model, evaluation: dict, judged: HeldOut, options: argparse.Namespace
     """
     better = worse_than_installed(np.array(evaluation["held_out"]["ranks"]), judged, options.model_dir)
     if better and not options.force:
-        summary = f"not saved, the installed model searches better: {better}; run it again with --force to replace that"
+        summary = (
+            f"not saved, the installed model searches better: {better}; --force replaces it, going on from the"
+            f" checkpoints in {workspace(options.model_dir)}"
+        )
     else:
         save_model(model, options.model_dir, evaluation, judged.passages[:64])
         remove(workspace(options.model_dir))
