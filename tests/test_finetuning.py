@@ -23,7 +23,16 @@ from sentence_transformers.base.modules import Dense
 import config
 import run_finetuning
 from config import UserError
-from prepare_finetuning_data import CorpusPassage, Pair, Query, read_corpus, read_queries, write_tsv
+from prepare_finetuning_data import (
+    CorpusPassage,
+    Pair,
+    Query,
+    load_tokenizer,
+    packaged_model,
+    read_corpus,
+    read_queries,
+    write_tsv,
+)
 from run_finetuning import Encoder, HeldOut, compare, confidence_interval, gains, load_model, model_fingerprint
 
 VERDICT = re.compile(
@@ -961,21 +970,33 @@ def test_meaning_weighs_the_more_the_more_the_base_finds_of_what_words_find(monk
     def scores(found: range) -> np.ndarray:
         return np.where(np.isin(np.arange(size), found)[:, None], np.eye(size), 1 - np.eye(size))
 
-    def weight(kinds: list[str], by_base: range, by_words: range) -> float:
+    def weight(kinds: list[str], by_base: range, by_words: range, pieces: float = 2.0) -> float:
         queries = [one._replace(strategy=kind) for one, kind in zip(queries_of(size), kinds, strict=True)]
         monkeypatch.setattr(HeldOut, "keyword_matrix", lambda self: scores(by_words))
         judged = HeldOut(queries, corpus)
+        judged.pieces = pieces
         return run_finetuning.fitted_weight(run_finetuning.language_share(judged, scores(by_base)))
 
     sentences, half = ["sentence"] * size, range(40)
     weights = [weight(sentences, range(count), half) for count in (0, 10, 20, 40, 60)]
     assert weights == pytest.approx([0.045, 0.075, 0.15, 0.85, 0.85], abs=0.006)
     assert weight(["sentence"] * 40 + ["term"] * 40, range(20, 80), range(80)) == pytest.approx(0.15, abs=0.006)
+    whole_words = [weight(sentences, range(count), half, pieces=1.2) for count in (10, 20, 24, 40)]
+    assert whole_words == pytest.approx([0.075, 0.633, 0.633, 0.85], abs=0.006)
     for kinds, by_words in ((sentences, range(0)), (["term"] * size, half)):
         assert weight(kinds, half, by_words) == run_finetuning.DEFAULT_SEMANTIC_WEIGHT
     nothing = HeldOut([], corpus)
     monkeypatch.undo()
     assert run_finetuning.language_share(nothing, np.zeros((0, size))) is None
+
+
+def test_a_vocabulary_leaves_the_words_of_its_own_language_whole():
+    backend = load_tokenizer(packaged_model())[0]
+    model = argparse.Namespace(tokenizer=argparse.Namespace(backend_tokenizer=backend))
+    english = ["Each file in the folder needs to follow the pattern.", "Restart the server."]
+    turkish = ["Görevlerin takibi haftalık olarak yapılır.", "Sunucuyu yeniden başlatın."]
+    pieces, more = (run_finetuning.pieces_per_word(model, texts) for texts in (english, turkish))
+    assert pieces < 1.3 < run_finetuning.WHOLE_WORDS < 1.9 < more
 
 
 def test_how_well_the_base_knows_the_language_is_told_by_the_main_one(monkeypatch):
