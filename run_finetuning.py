@@ -161,7 +161,7 @@ class HeldOut:
                 f"corpus.tsv lacks the answer to {lost[0].query[:60]!r}; run prepare_finetuning_data.py again"
             )
         self.answers = np.array([places[query.positive] for query in queries], dtype=np.int64)
-        self.pieces = math.inf  # pieces_per_word of the base
+        self.pieces = math.inf  # pieces_per_word of the base, once it was searched with
 
     def part(self, queries: list[Query], max_passages: int, seed: int) -> "HeldOut":
         """Return some of the queries, searched in their answers and other passages, max_passages in all if they fit."""
@@ -187,6 +187,11 @@ class HeldOut:
             return np.zeros((0, len(self.passages)), dtype=np.float32)
         queries, passages = self.vectors(model)
         return queries @ passages.T
+
+    def similarities_of_base(self, model) -> np.ndarray:
+        """Return the same for the base model, noting into how many pieces it cuts a word, for language_share."""
+        self.pieces = pieces_per_word(model, self.passages)
+        return self.similarities(model)
 
     def first(self, scores: np.ndarray, count: int = 3) -> list[str]:
         """Return the passages that a query's scores put first."""
@@ -1594,8 +1599,7 @@ def search_with_base(model, judged: HeldOut, watched: HeldOut) -> tuple[np.ndarr
         return None, 0.0
     print(f"searching {len(judged.passages):,} passages for {len(judged.queries)} held-out queries", file=sys.stderr)
     started = time.perf_counter()
-    judged.pieces = pieces_per_word(model, judged.passages)
-    base = judged.similarities(model)
+    base = judged.similarities_of_base(model)
     encoded = model.tokenizer.backend_tokenizer.encode_batch(watched.passages)
     tokens = np.array([sum(one.attention_mask) for one in encoded])
     cut = np.minimum(tokens, config.TRAINING_TOKENS).sum() / max(1, tokens.sum())
@@ -1813,8 +1817,8 @@ def evaluate_saved(options: argparse.Namespace) -> dict:
             " trained on: of these, a verdict says little"
         )
     base, saved, kept_base = load_base_and_saved(options)
-    judged.pieces = pieces_per_word(base, judged.passages)
-    return judge(judged, judged.similarities(base), judged.similarities(saved), kept_base, options)["comparison"]
+    similarities = judged.similarities_of_base(base), judged.similarities(saved)
+    return judge(judged, *similarities, kept_base, options)["comparison"]
 
 
 def evaluate_questions(options: argparse.Namespace) -> dict:

@@ -191,11 +191,12 @@ def search(index: Index, query: str, request: Request) -> dict:
         raise UserError('the query is empty; give some words, such as: python semantic_search.py "who reviews a task?"')
     if len(query) > MAX_QUERY_CHARS:
         warn(f"only the first {MAX_QUERY_CHARS:,} of the query's {len(query):,} characters are searched")
-    if request.mode != "task" and len({word for word, *_ in words_and_names(query)}) > MAX_QUERY_WORDS:
+    searched = query[:MAX_QUERY_CHARS]
+    if request.mode != "task" and len({word for word, *_ in words_and_names(searched)}) > MAX_QUERY_WORDS:
         warn(f"only the first {MAX_QUERY_WORDS} words of the query are looked up; --mode task searches whole texts")
     while True:
         try:
-            return {"query": query, "mode": request.mode} | find(index, query[:MAX_QUERY_CHARS], request)
+            return {"query": query, "mode": request.mode} | find(index, searched, request)
         except Superseded:  # newer indexes were committed since this one was opened, and its files removed
             index.reopen()
 
