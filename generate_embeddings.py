@@ -75,6 +75,7 @@ from run_finetuning import (
     Keywords,
     is_first_process,
     load_model,
+    locked,
     model_fingerprint,
     processes,
     read_json,
@@ -422,26 +423,6 @@ def tune(index, vectors: np.ndarray, sample: np.ndarray) -> None:
 # ------------------------------------------------------------------------------ the index on disk, written
 
 
-@contextlib.contextmanager
-def locked(index_dir: Path) -> Iterator[None]:
-    """Hold the index folder's lock; the system frees a dead process's.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    from filelock import FileLock, Timeout
-
-    index_dir.mkdir(parents=True, exist_ok=True)
-    holder = index_dir / ".lock-holder"
-    try:
-        with FileLock(index_dir / ".lock", timeout=0):
-            holder.write_text(str(os.getpid()), encoding="utf-8")
-            yield
-    except Timeout:
-        process = holder.read_text(encoding="utf-8") if holder.exists() else "unknown"
-        raise UserError(f"process {process} is writing {index_dir} at this moment; run again when it is done") from None
-
-
 def commit(index_dir: Path, header: dict, records: list[dict], vectors: np.ndarray, backups: int) -> None:
     """Write a complete new index and make it the current one in a single step.
 
@@ -518,7 +499,7 @@ def restore(index_dir: Path) -> dict:
     """
     if not index_dir.is_dir():
         raise UserError(f"no index in {index_dir}; run {build_command(index_dir)} first")
-    with locked(index_dir):
+    with locked(index_dir / ".lock", f"writing {index_dir}"):
         current, known = None, [header for _, header in readable_indexes(index_dir)]
         with contextlib.suppress(UserError):
             current = whole_header(index_dir, index_dir / METADATA)["id"]
@@ -628,7 +609,10 @@ def whole_header(index_dir: Path, path: Path) -> dict:
 
 
 def damaged(path: Path) -> str:
-    return f"{path} is damaged; run {build_command(path.parent)} --restore to go back to the index before"
+    command = build_command(path.parent)
+    if backup_files(path.parent):
+        return f"{path} is damaged; run {command} --restore to go back to the index before"
+    return f"{path} is damaged; run {command} to build it anew"
 
 
 def build_command(index_dir: Path, header: dict | None = None) -> str:
@@ -857,8 +841,8 @@ def reasons_to_build(index_dir: Path, wanted: dict) -> list[str]:
     return found
 
 
-def build(index_dir: Path, wanted: dict, source: Path, backups: int, device: str | None) -> tuple[int, int]:
-    """Make an index as wanted out of what still holds of the one before; return its passages and those embedded.
+def build(index_dir: Path, wanted: dict, source: Path, backups: int, device: str | None) -> dict[str, int]:
+    """Make an index as wanted out of what still holds of the one before; return what it counts.
 
     wanted: what the header of metadata.json is to say; source: the model's folder.
     """
@@ -882,7 +866,8 @@ def build(index_dir: Path, wanted: dict, source: Path, backups: int, device: str
     if model_fingerprint(source) != fingerprint:
         raise UserError(f"{source} was changed meanwhile; run again")
     commit(index_dir, wanted, records, vectors, backups)
-    return len(records), embedded
+    documents = {name for record in records for name in (record["source_file"], *record["also_in"])}
+    return {"documents": len(documents), "distinct passages": len(records), "embedded": embedded}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -947,10 +932,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{index_dir} is " + (f"not current: {reasons}" if reasons else "current"))
             return 1 if reasons else 0
         print(reasons, file=sys.stderr)
-        with locked(index_dir):
+        with locked(index_dir / ".lock", f"writing {index_dir}"):
             counts = build(index_dir, wanted, source, config.INDEX_BACKUPS, config.DEVICE)
     seconds = time.perf_counter() - started
-    print(f"{len(paths)} documents, {counts[0]} distinct passages, {counts[1]} embedded; {config.duration(seconds)}")
+    print(f"{', '.join(f'{count} {name}' for name, count in counts.items())}; {config.duration(seconds)}")
     search = 'python semantic_search.py "your question"'
     print(f"wrote {index_dir}; next: {command_for(search, '--index-dir', index_dir, config.INDEX_DIR)}")
     return 0

@@ -1709,7 +1709,7 @@ def main(argv: list[str] | None = None) -> None:
     tokens, window = count_tokens([row.passage for row in corpus], model_folder)
     report = {
         "documents_root": options.documents_root.resolve().name,
-        "documents": len(paths),
+        "documents": len(family),
         "copies": len(family) - len(set(family.values())),
         "passages": len(passages),
         "template_texts": len(templates),

@@ -50,7 +50,6 @@ from config import (
     UserError,
     command_for,
     duration,
-    is_running,
     previous,
     printable,
     remove,
@@ -1044,6 +1043,33 @@ def training_arguments(options: argparse.Namespace, steps: int, watching: bool, 
 COMPLETE = "complete"  # the file that marks a checkpoint written to its end
 
 
+@contextlib.contextmanager
+def locked(lock: Path, work: str) -> Iterator[None]:
+    """Hold a lock file; the system frees a dead process's. work: what this process is doing, for those that come.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    holder = lock.with_name(f"{lock.name}-holder")
+    try:
+        with FileLock(lock, timeout=0):
+            try:
+                holder.write_text(str(os.getpid()), encoding="utf-8")
+                yield
+            finally:
+                for path in (holder, lock):
+                    with contextlib.suppress(OSError):  # Windows removes a lock only when it is free
+                        path.unlink()
+    except Timeout:
+        process = "another process"
+        with contextlib.suppress(OSError):
+            process = f"process {holder.read_text(encoding='utf-8')}"
+        raise UserError(f"{process} is {work} at this moment; run again when it is done") from None
+
+
 def workspace(model_dir: Path) -> Path:
     """Return the folder of the checkpoints: beside the model's, and gone when that is saved."""
     return model_dir.with_name(f".{model_dir.name}.training")
@@ -1053,15 +1079,8 @@ def claim_workspace(folder: Path, identity: str, fresh: bool) -> int:
     """Make the folder ready for a run with this identity; return the steps planned by an interrupted one, or 0.
 
     identity: a hash of data, base model and settings; what another kind of run has left is removed.
-
-    Raises:
-        UserError: another process is training there.
     """
     left = read_json(folder / "run.json")
-    process = left.get("process")
-    # Windows does not tell without ending it; there, two runs at once are the person's to avoid.
-    if isinstance(process, int) and process != os.getpid() and os.name != "nt" and is_running(process) and not fresh:
-        raise UserError(f"process {process} is training with {folder}; wait for it, or --fresh starts over without it")
     checkpoint = last_checkpoint(folder)
     if checkpoint and left.get("identity") == identity and not fresh:
         for path in sorted(folder.glob("checkpoint-*")):
@@ -1079,12 +1098,10 @@ def claim_workspace(folder: Path, identity: str, fresh: bool) -> int:
 
 
 def write_workspace(folder: Path, identity: str, steps: int) -> None:
-    """Note which training the folder belongs to, its planned steps (0 before they are known), and this process."""
+    """Note which training the folder belongs to, and its planned steps (0 before they are known)."""
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "run.json") as temporary:
-        temporary.write_text(
-            json.dumps({"identity": identity, "steps": steps, "process": os.getpid()}), encoding="utf-8"
-        )
+        temporary.write_text(json.dumps({"identity": identity, "steps": steps}), encoding="utf-8")
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -1892,6 +1909,60 @@ def print_side_by_side(query: str, scores: list[np.ndarray], passages: list[Pass
     console.print(Text(printable(query), style="bold"), table, "")
 
 
+def tune(options: argparse.Namespace, started: float) -> None:
+    """Train, evaluate, save and tell; started: when the script was, in seconds of time.perf_counter."""
+    judged, watched = read_held_out(options)
+    pairs = read_pairs(options.data_dir)
+    wanted = options.base_model or config.BASE_MODEL
+    base_folder, note = find_model(wanted, config.BASE_MODEL_REVISION, fallback=options.base_model is None)
+    if note:
+        warn(note)
+    refuse_lesser_base(options, note)
+    join_processes()
+    identity = run_identity(options, base_folder)
+    planned = claim_workspace(workspace(options.model_dir), identity, options.fresh) if is_first_process() else 0
+    model = load_model(base_folder, config.DEVICE)
+    base, evaluation_seconds = search_with_base(model, judged, watched)
+    deadline = started + config.MAX_TRAINING_MINUTES * 60 - evaluation_seconds
+    evaluation = fine_tune(model, pairs, watched, planned, deadline, identity, options)
+    if not is_first_process():
+        return
+    tuned = settle(model, base_folder, judged, watched, pairs, base, evaluation, options)
+    kept_base = evaluation["alpha"] == 0 and not evaluation["letters_read_plainly"] and not evaluation["spread"]
+    result = decide(judged, base, tuned, kept_base, options)
+    if result["rejected"]:
+        model = load_model(base_folder, config.DEVICE)
+    if kept_base or result["rejected"]:
+        evaluation["trained_on"] = []
+    evaluation |= result | {
+        "base": {"wanted": wanted, "used": "packaged" if note else wanted, "note": note},
+        "data": read_json(options.data_dir / "data_report.json"),
+        "minutes": round((time.perf_counter() - started) / 60, 1),
+    }
+    finish(model, evaluation, judged, options)
+
+
+def finish(model, evaluation: dict, judged: HeldOut, options: argparse.Namespace) -> None:
+    """Save the model unless the installed one searches better; print the comparison.
+
+    The checkpoints of one that is not saved stay, so that --force need not train again.
+    """
+    better = worse_than_installed(np.array(evaluation["held_out"]["ranks"]), judged, options.model_dir)
+    if better and not options.force:
+        summary = (
+            f"not saved, the installed model searches better: {better}; --force replaces it, going on from the"
+            f" checkpoints in {workspace(options.model_dir)}"
+        )
+    else:
+        save_model(model, options.model_dir, evaluation, judged.passages[:64])
+        remove(workspace(options.model_dir))
+        summary = (
+            f"wrote {options.model_dir} in {duration(60 * evaluation['minutes'])}; report.html there shows what was"
+            f" gained; next: {index_command(options.model_dir)}"
+        )
+    print_comparison(evaluation["comparison"], options.quiet, summary)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the script's options, with the defaults of config.py."""
     parser = argparse.ArgumentParser(
@@ -1946,56 +2017,9 @@ def main(argv: list[str] | None = None) -> None:
         result = evaluate_questions(options) if options.questions else evaluate_saved(options)
         print_comparison(result, options.quiet)
         return
-    judged, watched = read_held_out(options)
-    pairs = read_pairs(options.data_dir)
-    wanted = options.base_model or config.BASE_MODEL
-    base_folder, note = find_model(wanted, config.BASE_MODEL_REVISION, fallback=options.base_model is None)
-    if note:
-        warn(note)
-    refuse_lesser_base(options, note)
-    join_processes()
-    identity = run_identity(options, base_folder)
-    planned = claim_workspace(workspace(options.model_dir), identity, options.fresh) if is_first_process() else 0
-    model = load_model(base_folder, config.DEVICE)
-    base, evaluation_seconds = search_with_base(model, judged, watched)
-    deadline = started + config.MAX_TRAINING_MINUTES * 60 - evaluation_seconds
-    evaluation = fine_tune(model, pairs, watched, planned, deadline, identity, options)
-    if not is_first_process():
-        return
-    tuned = settle(model, base_folder, judged, watched, pairs, base, evaluation, options)
-    kept_base = evaluation["alpha"] == 0 and not evaluation["letters_read_plainly"] and not evaluation["spread"]
-    result = decide(judged, base, tuned, kept_base, options)
-    if result["rejected"]:
-        model = load_model(base_folder, config.DEVICE)
-    if kept_base or result["rejected"]:
-        evaluation["trained_on"] = []
-    evaluation |= result | {
-        "base": {"wanted": wanted, "used": "packaged" if note else wanted, "note": note},
-        "data": read_json(options.data_dir / "data_report.json"),
-        "minutes": round((time.perf_counter() - started) / 60, 1),
-    }
-    finish(model, evaluation, judged, options)
-
-
-def finish(model, evaluation: dict, judged: HeldOut, options: argparse.Namespace) -> None:
-    """Save the model unless the installed one searches better; print the comparison.
-
-    The checkpoints of one that is not saved stay, so that --force need not train again.
-    """
-    better = worse_than_installed(np.array(evaluation["held_out"]["ranks"]), judged, options.model_dir)
-    if better and not options.force:
-        summary = (
-            f"not saved, the installed model searches better: {better}; --force replaces it, going on from the"
-            f" checkpoints in {workspace(options.model_dir)}"
-        )
-    else:
-        save_model(model, options.model_dir, evaluation, judged.passages[:64])
-        remove(workspace(options.model_dir))
-        summary = (
-            f"wrote {options.model_dir} in {duration(60 * evaluation['minutes'])}; report.html there shows what was"
-            f" gained; next: {index_command(options.model_dir)}"
-        )
-    print_comparison(evaluation["comparison"], options.quiet, summary)
+    lock = options.model_dir.with_name(f".{options.model_dir.name}.lock")
+    with locked(lock, f"training {options.model_dir}") if is_first_process() else contextlib.nullcontext():
+        tune(options, started)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -313,6 +314,23 @@ def start_script(name: str, *arguments) -> subprocess.Popen:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+
+
+@contextlib.contextmanager
+def lock_held(lock: Path) -> Iterator[int]:
+    """Have another process hold a lock, and die of kill -9 at the end; yield its number."""
+    code = (
+        "import sys, time, pathlib, run_finetuning as r\n"
+        "with r.locked(pathlib.Path(sys.argv[1]), 'at work'):\n    print('held', flush=True)\n    time.sleep(120)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, lock], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        yield holder.pid
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
 
 
 def wait_until(condition, process: subprocess.Popen, seconds: float = 120) -> bool:

@@ -7,8 +7,6 @@ import re
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +14,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import (
-    REPOSITORY,
     error_line,
     exit_status,
+    lock_held,
     sample_texts,
     start_script,
     wait_until,
@@ -760,10 +758,13 @@ def test_a_document_skipped_for_its_size_is_indexed_once_the_limit_is_raised(bui
     large = built.project / "large.md"
     large.write_text("# Büyük\n\n" + "Zürafalar uzun boyunludur.\n\n" * 300, encoding="utf-8")
     monkeypatch.setattr(config, "MAX_DOCUMENT_MB", large.stat().st_size / 2e6)
-    assert built.build()[0] == 0 and not built.search("zürafalar", "keyword")[1]
+    status, printed = built.build()
+    documents = int(re.search(r"(\d+) documents", printed.out)[1])
+    assert status == 0 and not built.search("zürafalar", "keyword")[1]
     monkeypatch.setattr(config, "MAX_DOCUMENT_MB", 20)
     status, printed = built.build()
     assert status == 0 and "config.MAX_DOCUMENT_MB changed" in printed.err
+    assert f"{documents + 1} documents" in printed.out
     assert built.search("zürafalar", "keyword")[1][0]["source_file"] == "large.md"
 
 
@@ -806,6 +807,12 @@ def test_a_damaged_index_can_be_restored_to_the_one_before(built):
     assert "--restore" in built.search("bütçe")[1]
     assert built.manage("--restore")[0] == 0
     assert any("Sekiz yüz" in one["text"] for one in built.search("yüz algılayıcı ihalede")[1])
+
+
+def test_a_damaged_index_without_backups_is_answered_with_the_command_that_builds_it(built):
+    (built.index / "metadata.json").write_text("{", encoding="utf-8")
+    line = built.search("bütçe")[1]
+    assert "generate_embeddings.py" in line and "--restore" not in line
 
 
 # ------------------------------------------------------------------------------- the model behind the index
@@ -901,25 +908,13 @@ def test_a_build_that_is_killed_leaves_the_old_index_and_the_next_run_goes_on(tm
 
 
 def test_a_second_build_at_the_same_time_ends_at_once_and_names_the_first(built):
-    code = (
-        "import sys, time, pathlib, generate_embeddings as g\n"
-        "with g.locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(120)"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(built.index)], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
-    )
-    try:
-        assert holder.stdout.readline() == "held\n"
+    with lock_held(built.index / ".lock") as process:
         before = snapshot(built.index)
         change(built)
         status, printed = built.build()
-        assert status == 2 and str(holder.pid) in error_line(printed.err)
+        assert status == 2 and str(process) in error_line(printed.err)
         assert snapshot(built.index) == before
         assert built.search("bütçe")[0] == 0
-    finally:
-        holder.kill()
-        holder.wait()
-        holder.stdout.close()
     assert built.build()[0] == 0
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, error_line, exit_status, start_script, wait_until
+from conftest import REPOSITORY, error_line, exit_status, lock_held, start_script, wait_until
 from sentence_transformers.base.modules import Dense
 
 import config
@@ -453,15 +453,13 @@ def test_a_setting_of_the_loss_that_makes_no_sense_is_one_line(chain, tmp_path, 
 
 
 def test_a_training_that_runs_is_not_gone_on_with_by_another(chain, installed, capsys):
-    folder = run_finetuning.workspace(installed)
-    run_finetuning.write_workspace(folder, "identity", 10)
-    note = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    assert note["process"] == os.getpid()
-    (folder / "run.json").write_text(json.dumps(note | {"process": os.getppid()}), encoding="utf-8")
-    before = snapshot(installed.parent)
-    assert train(chain.data, installed, chain.base) == 2
-    assert f"process {os.getppid()}" in error_line(capsys.readouterr().err)
-    assert snapshot(installed.parent) == before
+    with lock_held(installed.parent / f".{installed.name}.lock") as process:
+        before = snapshot(installed.parent)
+        for more in ([], ["--fresh"]):
+            assert train(chain.data, installed, chain.base, *more) == 2
+            assert f"process {process} is training" in error_line(capsys.readouterr().err)
+        assert snapshot(installed.parent) == before
+    assert train(chain.data, installed, chain.base, "--max-steps", "2") == 0  # the dead process's lock is free
 
 
 def test_a_full_disk_at_a_checkpoint_is_one_line(chain, installed, monkeypatch, capsys):
