@@ -1118,7 +1118,7 @@ def suggest_questions(passages: list[Passage], templates: set[str], max_candidat
     texts = {name: list(group) for name, group in itertools.groupby(passages, key=lambda one: one.source_file)}
     languages = {name: language(" ".join(one.text for one in group)) for name, group in texts.items()}
     distinct = {passage.text: None for passage in passages}
-    found = (dict.fromkeys(map(plain_text, DEFINED.findall(text))) for text in distinct)
+    found = (dict.fromkeys(map(bare_term, DEFINED.findall(text))) for text in distinct)
     definitions = Counter(fold(term) for term in itertools.chain.from_iterable(found))
     for place, passage in enumerate(passages):
         made = question_about(passage, templates, definitions, languages[passage.source_file])
@@ -1130,43 +1130,106 @@ def suggest_questions(passages: list[Passage], templates: set[str], max_candidat
     return [row for _, _, row in sorted(ranked, key=lambda one: one[:2], reverse=True)[:max_candidates]]
 
 
-QUESTION_BEGINS = re.compile(r"(?:how|why|what|when|where|which|who|neden|nasıl|niçin|kim|hangi)\b", re.I)
+QUESTION = re.compile(r"(?:how|why|what|where|which|who|neden|nasıl|niçin|kim|hangi) (?!.*[….,:;](?:\s|$))", re.I)
+NUMBERING = re.compile(r"^(?:\[.?\]\s*|[\d.]+\s+|(?:\w+ ){1,2}[\d.]+\s*[:–—-]\s+)")  # 3.1 Scope, Task 2: Scope
+TASK = re.compile(r"(?:[A-ZÇĞİÖŞÜ]{2,}-)+\d[\d.]*$|\b(?:[Gg]örev\w*|[Tt]ask) [\w.]*\d[\w.]*$")  # KM-2.1, Görev 9.B
+DESCRIPTION = re.compile(r"aciklama|amac|tanim|definition|description|meaning|purpose")
+VERB = re.compile(  # that is no noun, as "build" and "test" are, at the beginning of a heading
+    r"(?:add|choose|configure|connect|create|customize|define|delete|deploy|disable|enable|find|fix|generate|get|install|"
+    r"integrate|manage|migrate|publish|remove|rename|restore|send|uninstall|use|validate|verify|write|"
+    r"\w+ (?:an?|the|your)) "
+)
+GERUND = re.compile(r"(?!str|spr|\w*thing|existing)\w{2,}ing ")  # no string, nothing
+ACTION = re.compile(r"(?!aciklama|firma|ortalama|uygulama)\w+(?:l[ae]|[lnrt])m[ae](?:si)?")  # eğitilmesi, belirleme
 
 
 def question_about(
     passage: Passage, templates: set[str], definitions: Counter, spoken: str
 ) -> tuple[float, str] | None:
-    """Return the best question that a passage answers and how good it is likely to be, from 2 to 4, or None.
+    """Return the best question that a passage answers and how good it is likely to be, from 1 to 4, or None.
 
     definitions: how often each term is set off as if it were defined; what recurs is a field's label, such as "Status".
     """
-    heading = re.sub(r"^[\d.]+\s+", "", passage.heading[-1]) if passage.heading else ""
-    if heading.endswith("?") or QUESTION_BEGINS.match(heading):
-        return 4.0, heading.rstrip("?") + "?"
+    heading = NUMBERING.sub("", passage.heading[-1]).strip("-–:. ") if passage.heading else ""
+    if heading.endswith("?") or QUESTION.match(heading):
+        return 4.0, re.sub(r"^How to (\w)", lambda found: f"How do I {found[1].lower()}", heading).rstrip("?") + "?"
     for row in table_rows(passage.text):
         code, (name, cell) = row[0][1], max(row, key=lambda named: len(named[1]))
         if CODE_NAME.fullmatch(code) and name and cell != code:
-            return 3.0, f"What is the {name} of {code}?" if spoken == "en" else f"{code} için {name} nedir?"
+            return 3.0, ask_about_row(code, name, spoken)
     for term in defined_terms(passage):
-        if definitions[fold(term)] == 1 and len(term.split()) <= 5 and not QUESTION_BEGINS.match(term):
-            if re.search(r"-\d|\b[\d.]+$", term):  # a task's, as KM-2.1 and "Görev 3" are
-                return 2.5, f"What has to be done in {term}?" if spoken == "en" else f"{term}: ne yapılacak?"
-            return 3.0, f"What is {term}?" if spoken == "en" else f"{term} nedir?"
-    if not 2 <= len(WORD.findall(heading)) <= 9 or template_key(passage.heading[-1]) in templates:
+        if definitions[fold(term)] == 1 and len(term.split()) <= 5 and is_name(term):
+            return 3.0 - vagueness(term), ask_about(term, spoken)
+    if not 2 <= len(WORD.findall(heading)) <= 9 or "…" in heading or not is_name(heading):
         return None
-    return 2.0, {
-        "tr": f"{heading} konusunda ne deniyor?",
-        "en": f"What do the documents say about {heading}?",
-        "other": f"{heading}?",
-    }[spoken]
+    if template_key(passage.heading[-1]) in templates:
+        return None
+    return 2.0 - vagueness(heading) + shared_words(heading, passage.text) / 2, ask_about(heading, spoken)
+
+
+def ask_about_row(code: str, column: str, spoken: str) -> str:
+    """Ask for a column of the row that a code begins."""
+    if DESCRIPTION.match(fold(column)):
+        return ask_about(code, spoken)
+    turkish = column.translate(str.maketrans("Iİ", "ıi")).lower()
+    asked = {"tr": f"{code} için {turkish} nedir?", "en": f"What is the {column.lower()} of {code}?"}
+    return asked.get(spoken, f"{code}: {column}?")
+
+
+def ask_about(name: str, spoken: str) -> str:
+    """Ask in a document's language for what a heading or term names: a task, something that is done, or a thing."""
+    folded, last = fold(name), fold(name).split()[-1]
+    small = name if re.match(r"\S*\B[A-Z]", name) else name[0].lower() + name[1:]
+    is_task = TASK.search(name)
+    if spoken == "tr":
+        if is_task:
+            return f"{name}: ne yapılacak?"
+        if ACTION.fullmatch(last):
+            return f"{name} nasıl yapılır?"
+        return f"{name} nelerdir?" if re.search(r"l[ae]ri?$", last) else f"{name} nedir?"
+    if spoken == "en":
+        if is_task:
+            return f"What has to be done in {name}?"
+        if VERB.match(folded):
+            return f"How do I {small}?"
+        if GERUND.match(folded):
+            return f"How does {small} work?"
+        thing = f"the {small}" if re.search(r" [a-z]+$", name) else name  # not of what is written as a name
+        return f"What are {thing}?" if re.search(r" \S*[^sui]s$", name) else f"What is {thing}?"
+    return f"{name}?"
+
+
+def is_name(text: str) -> bool:
+    """Tell whether a heading or term may name something: it has letters, and begins with no function word."""
+    first = fold(text).split()[:1]
+    function_words = {"if", "eger"}.union(*(listed.split() for listed in LANGUAGES.values()))
+    return bool(NAME.search(text)) and function_words.isdisjoint(first)
+
+
+def vagueness(name: str) -> float:
+    """Return how much less a question about a name is worth: two things at once, half a sentence, an everyday word."""
+    if re.search(r"[&/,]| (?:ve|veya|vs|and|or) ", name):
+        return 1.0
+    everyday = re.fullmatch(r"[^\W\d_]+", name) and not re.search(r"\B[A-Z]", name)
+    return 0.5 if everyday or len(name.split()) > 4 else 0.0
+
+
+def shared_words(name: str, text: str) -> float:
+    """Return the share of a name's words that a text holds, by their first six letters."""
+    words, held = words_of(name), {word[:6] for word in words_of(plain_text(text))}
+    return sum(word[:6] in held for word in words) / max(1, len(words))
 
 
 def defined_terms(passage: Passage) -> Iterator[str]:
-    """Yield the terms that a passage defines; several in one paragraph are the fields of a document's head."""
+    """Yield the terms that a passage defines, without a remark in brackets; several in one paragraph are its fields."""
     for block in passage.blocks:
         terms = DEFINED.findall(block)
         if len(terms) == 1 or not block.startswith("**"):
-            yield from map(plain_text, terms)
+            yield from filter(None, map(bare_term, terms))
+
+
+def bare_term(markdown: str) -> str:
+    return re.sub(r"\s*\([^()]*\)", "", NUMBERING.sub("", plain_text(markdown))).strip(" :.")
 
 
 def ask_endpoint(url: str, model: str, passages: list[Passage], data_dir: Path, max_candidates: int) -> list[Candidate]:

@@ -11,7 +11,16 @@ from conftest import DOCUMENTS, error_line, exit_status, write_documents
 
 import config
 import prepare_finetuning_data
-from prepare_finetuning_data import Candidate, language, read_corpus, read_pairs, read_queries, read_tsv, write_tsv
+from prepare_finetuning_data import (
+    Candidate,
+    ask_about,
+    language,
+    read_corpus,
+    read_pairs,
+    read_queries,
+    read_tsv,
+    write_tsv,
+)
 
 QUESTIONS = [
     ("Kutuların pili ne kadar dayanır?", "Planlama/mimari.md:7"),
@@ -193,11 +202,11 @@ def test_suggestions_are_in_the_documents_language_and_no_template_junk(prepare)
     rows = candidates(prepare.data)
     assert not (prepare.data / "training_data.tsv").exists()
     questions = {row.question: row.source_file for row in rows}
-    assert "KM-1.1 için Açıklama nedir?" in questions
-    assert "What is Leak index?" in questions
+    assert "KM-1.1: ne yapılacak?" in questions
+    assert "What is the leak index?" in questions
     assert all(not row.accept for row in rows)
     for question, file in questions.items():
-        assert question.startswith("What ") == file.startswith("Docs/") or file == "Docs/lisans_notu_kopya.md"
+        assert question.startswith(("What ", "How ")) == file.startswith("Docs/") or file == "Docs/lisans_notu_kopya.md"
     assert len({row.passage for row in rows}) == len(rows)
 
 
@@ -210,7 +219,40 @@ def test_a_heading_that_is_a_question_is_asked_as_it_is_and_only_numbered_terms_
     (prepare.data.parent / "project" / "guide.md").write_text(text, encoding="utf-8")
     assert prepare("--suggest-questions") == 0
     questions = {row.question for row in candidates(prepare.data) if row.source_file == "guide.md"}
-    assert questions == {"How to roll back a release?", "What is allow_h2?"}
+    assert questions == {"How do I roll back a release?", "What is allow_h2?"}
+
+
+@pytest.mark.parametrize(
+    ("name", "turkish", "english"),
+    [
+        ("Görev 9.B", "Görev 9.B: ne yapılacak?", "What has to be done in Görev 9.B?"),
+        ("AG-KUME-021", "AG-KUME-021: ne yapılacak?", "What has to be done in AG-KUME-021?"),
+        ("Modelin eğitilmesi", "Modelin eğitilmesi nasıl yapılır?", None),
+        ("Gece uygulaması", "Gece uygulaması nedir?", None),
+        ("Teslim kuralları", "Teslim kuralları nelerdir?", None),
+        ("bypass-2fa", "bypass-2fa nedir?", "What is bypass-2fa?"),
+        ("Passing arguments", None, "How does passing arguments work?"),
+        ("String values", None, "What are the string values?"),
+        ("Configure the server", None, "How do I configure the server?"),
+        ("Mount a filesystem", None, "How do I mount a filesystem?"),
+        ("KeePassXC database", None, "What is the KeePassXC database?"),
+        ("Round Robin", "Round Robin nedir?", "What is Round Robin?"),
+    ],
+)
+def test_a_question_asks_for_a_task_an_action_or_a_thing(name, turkish, english):
+    for spoken, question in (("tr", turkish), ("en", english)):
+        assert question in (None, ask_about(name, spoken))
+    assert ask_about(name, "other") == f"{name}?"
+
+
+def test_headings_are_asked_about_without_their_numbers_and_sentences_not_at_all(prepare):
+    headings = ("Madde 2 – Yan dal açılması", "2026-07-08", "When the night is over we go on", "If the valve leaks")
+    term = "- **Vana (eski):** Suyu kesen parçadır; her yapıda en az bir tane bulunur ve elle çevrilir.\n"
+    text = "# Yönerge\n\n" + "\n".join(f"## {one}\n\n{one} {'için uzun bir metin ' * 6}.\n" for one in headings)
+    (prepare.data.parent / "project" / "maddeler.md").write_text(f"{text}\n## Ek\n\n{term}", encoding="utf-8")
+    assert prepare("--suggest-questions") == 0
+    questions = {row.question for row in candidates(prepare.data) if row.source_file == "maddeler.md"}
+    assert questions == {"Yan dal açılması nasıl yapılır?", "Vana nedir?"}
 
 
 def test_the_fields_of_a_documents_head_are_no_definitions(prepare):
