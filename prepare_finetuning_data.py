@@ -1139,6 +1139,7 @@ VERB = re.compile(  # that is no noun, as "build" and "test" are, at the beginni
     r"integrate|manage|migrate|publish|remove|rename|restore|send|uninstall|use|validate|verify|write|"
     r"\w+ (?:an?|the|your)) "
 )
+PHRASE = re.compile(r"(?:about|after|all|before|behind|beyond|both|during|inside|not|outside|over|under|with\w*) ")
 GERUND = re.compile(r"(?!str|spr|\w*thing|existing)\w{2,}ing ")  # no string, nothing
 ACTION = re.compile(r"(?!aciklama|firma|ortalama|uygulama)\w+(?:l[ae]|[lnrt])m[ae](?:si)?")  # eğitilmesi, belirleme
 
@@ -1190,10 +1191,12 @@ def ask_about(name: str, spoken: str) -> str:
     if spoken == "en":
         if is_task:
             return f"What has to be done in {name}?"
-        if VERB.match(folded):
-            return f"How do I {small}?"
+        if PHRASE.match(folded):
+            return f"{name}?"
         if GERUND.match(folded):
             return f"How does {small} work?"
+        if VERB.match(folded):
+            return f"How do I {small}?"
         thing = f"the {small}" if re.search(r" [a-z]+$", name) else name  # not of what is written as a name
         return f"What are {thing}?" if re.search(r" \S*[^sui]s$", name) else f"What is {thing}?"
     return f"{name}?"

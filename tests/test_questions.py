@@ -235,6 +235,8 @@ def test_a_heading_that_is_a_question_is_asked_as_it_is_and_only_numbered_terms_
         ("String values", None, "What are the string values?"),
         ("Configure the server", None, "How do I configure the server?"),
         ("Mount a filesystem", None, "How do I mount a filesystem?"),
+        ("Running the tests", None, "How does running the tests work?"),
+        ("Behind a proxy", None, "Behind a proxy?"),
         ("KeePassXC database", None, "What is the KeePassXC database?"),
         ("Round Robin", "Round Robin nedir?", "What is Round Robin?"),
     ],
