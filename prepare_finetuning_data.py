@@ -1142,6 +1142,7 @@ VERB = re.compile(  # that is no noun, as "build" and "test" are, at the beginni
 PHRASE = re.compile(r"(?:about|after|all|before|behind|beyond|both|during|inside|not|outside|over|under|with\w*) ")
 GERUND = re.compile(r"(?!str|spr|\w*thing|existing)\w{2,}ing ")  # no string, nothing
 ACTION = re.compile(r"(?!aciklama|firma|ortalama|uygulama)\w+(?:l[ae]|[lnrt])m[ae](?:si)?")  # eğitilmesi, belirleme
+BEGINS_NO_NAME = {"if", "eger"}.union(*(listed.split() for listed in LANGUAGES.values()))
 
 
 def question_about(
@@ -1165,7 +1166,7 @@ def question_about(
         return None
     if template_key(passage.heading[-1]) in templates:
         return None
-    return 2.0 - vagueness(heading) + shared_words(heading, passage.text) / 2, ask_about(heading, spoken)
+    return 2.0 - vagueness(heading) + shared_words(heading, plain_text(passage.text)) / 2, ask_about(heading, spoken)
 
 
 def ask_about_row(code: str, column: str, spoken: str) -> str:
@@ -1204,9 +1205,7 @@ def ask_about(name: str, spoken: str) -> str:
 
 def is_name(text: str) -> bool:
     """Tell whether a heading or term may name something: it has letters, and begins with no function word."""
-    first = fold(text).split()[:1]
-    function_words = {"if", "eger"}.union(*(listed.split() for listed in LANGUAGES.values()))
-    return bool(NAME.search(text)) and function_words.isdisjoint(first)
+    return bool(NAME.search(text)) and fold(text).split()[0] not in BEGINS_NO_NAME
 
 
 def vagueness(name: str) -> float:
@@ -1217,10 +1216,10 @@ def vagueness(name: str) -> float:
     return 0.5 if everyday or len(name.split()) > 4 else 0.0
 
 
-def shared_words(name: str, text: str) -> float:
-    """Return the share of a name's words that a text holds, by their first six letters."""
-    words, held = words_of(name), {word[:6] for word in words_of(plain_text(text))}
-    return sum(word[:6] in held for word in words) / max(1, len(words))
+def shared_words(text: str, other: str) -> float:
+    """Return the share of a text's words that another one holds, by their first six letters."""
+    words, others = ({word[:6] for word in words_of(one)} for one in (text, other))
+    return len(words & others) / max(1, len(words))
 
 
 def defined_terms(passage: Passage) -> Iterator[str]:
@@ -1627,13 +1626,12 @@ def pick_examples(pairs: list[Pair], strategy: str, seed: int, count: int = 10) 
     """Return random pairs of a strategy, and those whose anchor shares fewest words with the positive."""
     own = [pair for pair in pairs if pair.strategy == strategy]
 
-    def shared_words(pair: Pair) -> tuple[float, int]:
-        anchor, positive = ({word[:6] for word in words_of(text)} for text in pair[:2])
-        return len(anchor & positive) / max(1, len(anchor)), len(pair.anchor) + len(pair.positive)
+    def sureness(pair: Pair) -> tuple[float, int]:
+        return shared_words(pair.anchor, pair.positive), len(pair.anchor) + len(pair.positive)
 
     return {
         "random": random.Random(seed).sample(own, min(count, len(own))),
-        "doubtful": sorted(own, key=shared_words)[:count],
+        "doubtful": sorted(own, key=sureness)[:count],
     }
 
 
