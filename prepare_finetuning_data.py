@@ -288,9 +288,10 @@ def read_passages(documents_root: Path, paths: list[Path], max_chars: int, max_m
 
 
 def cut_passages(text: str, source_file: str, max_chars: int) -> list[Passage]:
-    """Cut one document into passages of about max_chars characters."""
+    """Cut one document into passages of about max_chars characters; one of headings alone has them as its text."""
     passages: list[Passage] = []
-    for section, blocks in enumerate(cut_sections(text, max_chars)):
+    sections = list(cut_sections(text, max_chars)) or cut_sections(HEADING_MARK.sub("", text), max_chars)
+    for section, blocks in enumerate(sections):
         for group in pack(blocks, max_chars):
             merged = merge(group)
             if WORD.search(plain_text(merged.text)):
@@ -303,6 +304,7 @@ FRONT_MATTER = re.compile(  # YAML, or TOML
     r"---\n\w[\w-]*:.*\n(?:\w[\w-]*:.*\n|[ \t#-].*\n|\n)*?(?:---|\.\.\.)[ \t]*(?:\n|\Z)|"
     r"\+\+\+\n(?:.*\n)*?\+\+\+[ \t]*(?:\n|\Z)"
 )
+HEADING_MARK = re.compile(r"^ {0,3}#{1,6}[ \t]+", re.M)
 TITLE = re.compile(r"""^title\s*[:=]\s*(['"]?)(?P<words>[^\W_].*?)\1\s*$""", re.M)
 
 

@@ -261,6 +261,12 @@ def test_a_title_in_the_front_matter_heads_the_document_unless_its_heading_says_
     assert passage.heading == ("KURULUM: İlk Gün", "Açıklama")
 
 
+def test_a_document_of_headings_alone_has_them_as_its_text():
+    (passage,) = cut_passages("\n# Arşiv: eski çizimler\n\n## Tarih: 16.05.2025\n", "a.md", MAX_CHARS)
+    assert passage.text == "Arşiv: eski çizimler\n\nTarih: 16.05.2025" and passage.start_line == 2
+    assert cut_passages("# İçindekiler\n\n- [A](#a)\n", "a.md", MAX_CHARS)[0].text == "İçindekiler"
+
+
 def test_a_comment_in_indented_code_is_no_heading():
     (passage,) = cut_passages("# Araç\n\n## Kullanım\n\n    pip install x\n\n    # başlat\n    x run\n", "a.md", 600)
     assert passage.heading == ("Araç", "Kullanım") and "# başlat" in passage.text
