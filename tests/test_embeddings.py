@@ -919,7 +919,7 @@ def test_a_second_build_at_the_same_time_ends_at_once_and_names_the_first(built)
 
 
 def test_documents_without_text_leave_the_old_index(built, tmp_path):
-    root = write_documents(tmp_path / "bare", {"a.md": "# Only a heading\n"})
+    root = write_documents(tmp_path / "bare", {"a.md": "<!-- only a comment -->\n", "b.md": "---\ntitle: X\n---\n"})
     before = snapshot(built.index)
     arguments = ["--documents-root", root, "--documents", "*.md", "--model", built.model]
     status, printed = built.build(*arguments)
