@@ -142,7 +142,9 @@ def warn(message: str) -> None:
 
 TURKISH_LETTERS = str.maketrans("İIı", "iii")
 DIACRITICS = re.compile("[\u0300-\u036f]")
-WORD = re.compile(r"[^\W_]+")
+# Scripts that set no spaces between words, or whose words hold signs that Python takes for no letters: Hindi to Khmer.
+UNSPACED = "\u0900-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30fa\u30fc-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")  # each of their characters counts as one
 TABLE_RULE = re.compile(r"\s*\|?(?:\s*:?-+:?\s*\|)*\s*:?-+:?\s*\|?\s*")
 LIST_MARK = re.compile(r"^\s*(?:[-*+]\s+(?:\[[ xX]\]\s+)?|\d{1,3}[.)]\s+)")
 HEADING_ATTRIBUTES = re.compile(r"\s*#*\s*\{[:#.][^{}]*\}\s*$")  # "Locks {#locks}", as MkDocs and Pandoc write
@@ -169,7 +171,9 @@ MARKS_IN_CODE = str.maketrans("<>*_", "\ue000\ue001\ue002\ue003")  # stand-ins o
 MARKS_AGAIN = str.maketrans("\ue000\ue001\ue002\ue003", "<>*_")
 IMAGE_DATA = re.compile(r"data:[\w/+.-]+;base64,[A-Za-z0-9+/=]+")
 CONTENTS_LINE = re.compile(r"\s*(?:[-*+]|\d+[.)])\s+\[.*\]\(#[^\s)]*\)\s*")  # of a table of contents
-SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[^\W_a-zçğıöşü])")
+SENTENCE_END = re.compile(
+    r"(?<=[.!?…])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[^\W_a-zçğıöşü])|(?<=[。！？।])[\"'”’」』）]*\s*(?=[^\s。！？।])"
+)
 ABBREVIATION = re.compile(r"\b(?:vb|vs|örn|bkz|dr|prof|doç|av|no|nr|yy|md|mrs?|ms|e\.g|i\.e|cf|fig|\d{1,2})\.$", re.I)
 
 
@@ -208,7 +212,7 @@ def plain_text(markdown: str) -> str:
     kept = [unit for unit in plain if unit]
     if len(kept) < 2:
         return "".join(kept)
-    return " ".join(unit if unit[-1] in ".!?…:;," else unit + "." for unit in kept)
+    return " ".join(unit if unit[-1] in ".!?…:;,。！？：；，、।" else unit + "." for unit in kept)
 
 
 def table_cells(line: str) -> list[str]:

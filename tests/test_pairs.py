@@ -54,6 +54,17 @@ def pairs_of(
 # ------------------------------------------------------------------------------------------- the strategies
 
 
+def test_sentences_without_spaces_between_them_make_pairs():
+    first, second = "系统每天凌晨三点自动备份数据库。", "管理员可以随时恢复数据！"
+    documents = {"a.md": f"# 手册\n\n## 备份与恢复\n\n{first}{second}\n"}
+    assert sentences(first + second) == [first, second]
+    assert pairs_of("sentence", documents) == [
+        (first, f"手册 > 备份与恢复: {second}"),
+        (second, f"手册 > 备份与恢复: {first}"),
+    ]
+    assert pairs_of("heading", documents) == [("备份与恢复", first + second)]
+
+
 def test_neighbours_are_a_paragraph_and_the_next_one():
     assert pairs_of("neighbours") == [(ONE, TWO), (TWO, THREE)]
 

@@ -441,6 +441,34 @@ def test_a_word_behind_a_shortened_article_is_found_and_marked(index_of):
         assert form in [text[slice(*span)] for span in semantic_search.matches(words, text)], query
 
 
+def test_words_of_scripts_without_spaces_are_found_and_marked(index_of):
+    manual = "# 用户手册\n\n## {}\n\n{}\n"
+    texts = {
+        "a.md": manual.format(
+            "插件管理", "插件可以扩展系统的功能。要启用插件，请打开设置页面。每个插件都可以单独配置。"
+        ),
+        "b.md": manual.format("备份与恢复", "系统每天凌晨三点自动备份数据库。如果使用npm，可以执行安装命令。"),
+        "c.md": "# ガイド\n\nパスワードを忘れた場合は、再設定用のリンクを送信できます。\n",
+        "d.md": "# คู่มือ\n\nผู้ดูแลระบบเท่านั้นที่สามารถกู้คืนข้อมูลได้\n",
+        "e.md": "# मार्गदर्शिका\n\nपासवर्ड बदलने के लिए सेटिंग्स पृष्ठ खोलें।\n",
+    }
+    index = index_of(texts)
+    queries = {
+        "a.md": ["启用插件"],
+        "b.md": ["数据库备份", "npm安装"],
+        "c.md": ["パスワードを忘れた"],
+        "d.md": ["กู้คืนข้อมูล"],
+    }
+    for file, own in (queries | {"e.md": ["पासवर्ड बदलें"]}).items():
+        for query in own:
+            best = search(index, query, Request("keyword", 5))["results"][0]
+            assert best["source_file"] == file and best["relevance"] > 0.5, query
+    text = "要启用插件，npm"
+    spans = semantic_search.matches(query_words(index.keywords, "启用插件"), text)
+    assert [text[slice(*span)] for span in spans] == ["启用", "用插", "插件"]
+    assert not search(index, "天气预报怎么样", Request("keyword", 5, None, 0.5))["relevant"]
+
+
 def test_a_long_text_without_spaces_is_cut_anywhere():
     shown = semantic_search.excerpt("漏水" * 400, [], 60)
     assert shown.startswith("漏水漏水") and 25 <= len(shown) <= 30  # each takes two columns
