@@ -144,7 +144,7 @@ def add_passage(records: dict[str, dict], passage: Passage, order: dict[str, int
 
 # ------------------------------------------------------------------------------------------ the encoder
 
-ENCODER_FILES = ("onnx/model.onnx", "tokenizer.json", "config.json", *WINDOW_FILES)
+ENCODER_FILES = ("onnx/model.onnx", "onnx/model.onnx_data", "tokenizer.json", "config.json", *WINDOW_FILES)
 
 
 def prepare_encoder(folder: Path, fingerprint: str, index_dir: Path) -> dict:

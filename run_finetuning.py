@@ -1490,7 +1490,12 @@ def save_with_onnx(model, folder: Path, texts: list[str]) -> None:
 
 
 def export_onnx(model, folder: Path, texts: list[str]) -> None:
-    """Write folder/onnx/model.onnx, the whole pipeline: token ids in, normalised sentence embeddings out."""
+    """Write folder/onnx/model.onnx, the whole pipeline: token ids in, normalised sentence embeddings out.
+
+    The weights lie beside it in a file that ONNX Runtime maps into memory: a multilingual vocabulary takes a second to
+    be read, of which a query needs a few lines.
+    """
+    import onnx
     import torch
 
     class Pipeline(torch.nn.Module):
@@ -1503,7 +1508,8 @@ def export_onnx(model, folder: Path, texts: list[str]) -> None:
             return torch.nn.functional.normalize(features["sentence_embedding"], dim=1)
 
     example = model.preprocess(["an example", "a longer example, so that the shapes differ"])
-    (folder / "onnx").mkdir()
+    path, weights = folder / "onnx" / "model.onnx", folder / "onnx" / "model.onnx_data"
+    path.parent.mkdir()
     device = model.device
     # Attention written out is a tenth faster in ONNX Runtime than PyTorch's one operation for it taken apart.
     model.transformers_model.set_attn_implementation("eager")
@@ -1512,13 +1518,15 @@ def export_onnx(model, folder: Path, texts: list[str]) -> None:
         torch.onnx.export(
             Pipeline().cpu().eval(),
             (example["input_ids"].cpu(), example["attention_mask"].cpu()),
-            str(folder / "onnx" / "model.onnx"),
+            str(path),
             input_names=["input_ids", "attention_mask"],
             output_names=["sentence_embedding"],
             dynamic_axes={name: {0: "batch", 1: "tokens"} for name in ("input_ids", "attention_mask")},
             opset_version=17,
             dynamo=False,
         )
+        onnx.save_model(onnx.load(path), path, save_as_external_data=True, location=weights.name)
+        shutil.copymode(path, weights)  # which the library lets nobody else read
         wanted = model.encode(texts, normalize_embeddings=True)
     model.to(device)
     worst = float((wanted * Encoder(folder).encode(texts)).sum(axis=1).min())
@@ -1594,7 +1602,7 @@ def batches_of_similar_length(lengths: np.ndarray, batch_tokens: int) -> Iterato
 def model_fingerprint(folder: Path) -> str:
     """Return the SHA-256 over weights, tokenizer and configuration: what decides a text's embedding."""
     digest = hashlib.sha256()
-    names = ("*.safetensors", "modules.json", "config.json", "tokenizer.json", *WINDOW_FILES, "onnx/model.onnx")
+    names = ("*.safetensors", "modules.json", "config.json", "tokenizer.json", *WINDOW_FILES, "onnx/model.onnx*")
     paths = {path for name in names for path in folder.glob(name)}
     paths |= {path for module in module_folders(folder) for path in module.glob("*") if path.is_file()}
     for path in sorted(paths):

@@ -649,7 +649,7 @@ def test_a_flipped_bit_in_a_backups_header_leaves_builds_and_the_list_of_backups
 
 def test_a_damaged_encoder_of_the_index_is_noticed_and_exported_again(built, tiny_model):
     assert built.build("--model", tiny_model)[0] == 0
-    for name in ("onnx/model.onnx", "tokenizer.json"):
+    for name in ("onnx/model.onnx", "onnx/model.onnx_data", "tokenizer.json"):
         path = the_file(built, "encoder-*") / name
         times = path.stat()
         flip_byte(path, 0.5)
@@ -830,9 +830,10 @@ def test_keywords_answer_when_the_model_is_gone_and_semantic_search_says_so(buil
     assert built.search("bütçe", "keyword")[0] == 0
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx_data"])
 @pytest.mark.parametrize("damage", ["flip", "gone"])
-def test_a_changed_or_lost_onnx_file_is_noticed_by_the_search_and_by_the_next_build(built, damage):
-    path = built.model / "onnx" / "model.onnx"
+def test_a_changed_or_lost_onnx_file_is_noticed_by_the_search_and_by_the_next_build(built, damage, name):
+    path = built.model / "onnx" / name
     if damage == "flip":
         flip_byte(path, 0.7)
     else:
@@ -857,7 +858,7 @@ def test_another_model_in_the_same_folder_is_noticed_and_the_index_built_anew(bu
     assert built.search("bütçe", "semantic")[0] == 0
 
 
-@pytest.mark.parametrize("name", ["onnx/model.onnx", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("name", ["onnx/model.onnx", "onnx/model.onnx_data", "tokenizer.json", "config.json"])
 def test_a_damaged_encoder_in_the_index_folder_is_noticed_and_made_again(built, tiny_model, name):
     assert built.build("--model", tiny_model)[0] == 0
     flip_byte(the_file(built, "encoder-*") / name, 0.5)
