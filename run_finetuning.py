@@ -424,6 +424,15 @@ def language_share(judged: HeldOut, base: np.ndarray) -> float | None:
     return share
 
 
+def knows_language(judged: HeldOut, base: np.ndarray) -> bool:
+    """Tell whether the base knows the documents' language, and the held-out queries do not tell enough without that.
+
+    Enough held-out questions of people's show by themselves what was learnt, in whatever language.
+    """
+    asked = sum(query.strategy == "question" for query in judged.queries)
+    return asked < MIN_QUERIES and (language_share(judged, base) or 0) >= KNOWS_LANGUAGE
+
+
 def pieces_per_word(model, texts: list[str]) -> float:
     """Return into how many tokens the model's tokenizer cuts a word on average ("fertility"; Rust et al., ACL 2021)."""
     encoded = model.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -1633,8 +1642,8 @@ def plan_steps(rows: int, seconds: float, budget_seconds: float, options: argpar
 def search_with_base(model, judged: HeldOut, watched: HeldOut) -> tuple[np.ndarray | None, float]:
     """Return the base's similarities, None in all processes but the first, and the seconds that evaluation will take.
 
-    Counted are the corpus and SPREAD_PAIRS, both twice in case the model steps back, and the watched passages 13 times:
-    four times whole (spreading, also twice) and nine times cut as in training (four checkpoints, five mixtures).
+    Counted are the corpus, SPREAD_PAIRS and twice the watched passages, for the spreading, and all this again where the
+    model may yet step back; and the watched passages nine times cut as in training (four checkpoints, five mixtures).
     """
     if not is_first_process():
         return None, 0.0
@@ -1644,9 +1653,10 @@ def search_with_base(model, judged: HeldOut, watched: HeldOut) -> tuple[np.ndarr
     encoded = model.tokenizer.backend_tokenizer.encode_batch(watched.passages)
     tokens = np.array([sum(one.attention_mask) for one in encoded])
     cut = np.minimum(tokens, config.TRAINING_TOKENS).sum() / max(1, tokens.sum())
-    texts = (4 + 9 * cut) * len(watched.passages) + 2 * SPREAD_PAIRS
     took = 1.2 * (time.perf_counter() - started)  # a fifth more for saving, and in case the machine gets busier
-    seconds = took * (2 + texts / max(1, len(judged.passages)))
+    times = 1 if knows_language(judged, base) else 2
+    texts = (2 * times + 9 * cut) * len(watched.passages) + times * SPREAD_PAIRS
+    seconds = took * (times + texts / max(1, len(judged.passages)))
     print(f"evaluation will take about {duration(seconds)}, besides the training:", file=sys.stderr)
     return base, seconds
 
@@ -1795,15 +1805,10 @@ def settle(
     evaluation: dict,
     options: argparse.Namespace,
 ) -> np.ndarray:
-    """Spread the model's vectors, pulled back towards the base where that is safer; return its similarities.
-
-    Enough held-out questions of people's show by themselves what was learnt, in whatever language.
-    """
+    """Spread the model's vectors, pulled back towards the base where that is safer; return its similarities."""
     pairs = random.Random(options.seed).sample(pairs, min(SPREAD_PAIRS, len(pairs)))
     trained = list(model)
-    asked = sum(query.strategy == "question" for query in judged.queries)
-    known = asked < MIN_QUERIES and (language_share(judged, base) or 0) >= KNOWS_LANGUAGE
-    reason = "known language" if known else None
+    reason = "known language" if knows_language(judged, base) else None
     if not reason:
         tuned, spread = spread_out(model, judged, watched, pairs, POWER)
         halves = (judged.ranks(scores)[CHOOSING] for scores in (base, tuned))

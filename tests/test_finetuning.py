@@ -873,6 +873,21 @@ def test_a_model_that_searches_worse_than_the_base_is_not_shipped(chain, tmp_pat
     assert told["alpha"] == 0 and not told["spread"] and told["rejected"]["verdict"] == "worse"
 
 
+def test_the_time_of_a_second_search_is_kept_free_only_where_the_model_may_yet_step_back(chain, monkeypatch, capsys):
+    judged = HeldOut(queries_of(80), [f"answer {i}" for i in range(80)])
+    model = load_model(chain.base, "cpu")
+    seconds = []
+    for share in (0.3, 0.7):
+        clock = iter([0.0, 10.0])
+        monkeypatch.setattr(run_finetuning.time, "perf_counter", lambda clock=clock: next(clock))
+        monkeypatch.setattr(run_finetuning, "language_share", lambda judged, base, share=share: share)
+        monkeypatch.setattr(HeldOut, "similarities", lambda held_out, model: np.eye(80, dtype=np.float32))
+        seconds.append(run_finetuning.search_with_base(model, judged, judged)[1])
+    capsys.readouterr()
+    once = 12 * (3 + run_finetuning.SPREAD_PAIRS / 80)  # the corpus and twice the watched passages, which are the same
+    assert seconds == [pytest.approx(2 * once + 12 * 9), pytest.approx(once + 12 * 9)]
+
+
 @pytest.mark.parametrize(
     ("before", "after", "kind", "share", "reason", "powers"),
     [
