@@ -702,8 +702,8 @@ class Index:
 
     @property
     def knows_language(self) -> bool:
-        """Whether the model's base knows the documents' language: fitted_weight is never near a half."""
-        return self.semantic_weight > 0.5
+        """Whether the model's base knows the documents' language: fitted_weight is 0.5 or more then."""
+        return self.semantic_weight >= 0.5
 
     @functools.cached_property
     def keywords(self) -> Keywords:

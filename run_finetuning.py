@@ -388,7 +388,7 @@ def search_figures(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, seed: i
     """
     if len(judged.queries) < MIN_QUERIES:
         return {}, {}
-    weight = fitted_weight(language_share(judged, base))
+    weight = fitted_weight(language_share(judged, base), judged.pieces)
     before, after = (
         gains(judged.ranks(judged.hybrid_matrix(own, weight)))["nDCG@10"][DECIDING] for own in (base, tuned)
     )
@@ -440,17 +440,20 @@ def pieces_per_word(model, texts: list[str]) -> float:
     return sum(sum(one.attention_mask) for one in encoded) / max(1, words)
 
 
-def fitted_weight(share: float | None) -> float:
-    """Return hybrid search's weight of the meaning for a language_share.
+def fitted_weight(share: float | None, pieces: float) -> float:
+    """Return hybrid search's weight of the meaning for a language_share and the base's pieces_per_word.
 
     The weight that is best for made-up queries is not the one for people's: they repeat their passage's words, which is
     also what training teaches. How well the base knows the language tells what to expect of it for words that the
     passage does not repeat. From KNOWS_LANGUAGE on, this part of the share came nearest to the best weights for
-    people's questions to English documents; below it, 0.1 was never far from the best on four sets of Turkish ones.
+    people's questions to English documents, and 0.5 for those to Turkish ones with a multilingual base, which cuts
+    words; below it, 0.1 was never far from the best on four sets of Turkish ones.
     """
     if share is None:
         return DEFAULT_SEMANTIC_WEIGHT
-    return round(min(0.95 * share, 0.85), 2) if share >= KNOWS_LANGUAGE else FOREIGN_SEMANTIC_WEIGHT
+    if share < KNOWS_LANGUAGE:
+        return FOREIGN_SEMANTIC_WEIGHT
+    return round(min(0.95 * share, 0.85 if pieces < WHOLE_WORDS else 0.5), 2)
 
 
 # ----------------------------------------------------------------------------- scores by words, and by both

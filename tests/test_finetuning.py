@@ -988,11 +988,11 @@ def test_meaning_weighs_by_what_the_base_finds_of_what_words_find_and_little_in_
         monkeypatch.setattr(HeldOut, "keyword_matrix", lambda self: scores(by_words))
         judged = HeldOut(queries, corpus)
         judged.pieces = pieces
-        return run_finetuning.fitted_weight(run_finetuning.language_share(judged, scores(by_base)))
+        return run_finetuning.fitted_weight(run_finetuning.language_share(judged, scores(by_base)), pieces)
 
     sentences, half = ["sentence"] * size, range(40)
     weights = [weight(sentences, range(count), half) for count in (0, 10, 20, 40, 60)]
-    assert weights == pytest.approx([0.1, 0.1, 0.1, 0.85, 0.85], abs=0.006)
+    assert weights == pytest.approx([0.1, 0.1, 0.1, 0.5, 0.5], abs=0.006)
     assert weight(["sentence"] * 40 + ["term"] * 40, range(20, 80), range(80)) == 0.1
     whole_words = [weight(sentences, range(count), half, pieces=1.2) for count in (10, 20, 24, 40)]
     assert whole_words == pytest.approx([0.1, 0.633, 0.633, 0.85], abs=0.006)
