@@ -142,8 +142,11 @@ def warn(message: str) -> None:
 
 TURKISH_LETTERS = str.maketrans("İIı", "iii")
 DIACRITICS = re.compile("[\u0300-\u036f]")
-# Scripts that set no spaces between words, or whose words hold signs that Python takes for no letters: Hindi to Khmer.
-UNSPACED = "\u0900-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30fa\u30fc-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+# Scripts that set no spaces between words, or whose words hold signs that Python takes for no letters, as Hindi's do.
+UNSPACED = (
+    "\u0900-\u0963\u0966-\u0eff\u1000-\u109f\u1780-\u17ff"
+    "\u3041-\u30fa\u30fc-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+)
 WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")  # each of their characters counts as one
 TABLE_RULE = re.compile(r"\s*\|?(?:\s*:?-+:?\s*\|)*\s*:?-+:?\s*\|?\s*")
 LIST_MARK = re.compile(r"^\s*(?:[-*+]\s+(?:\[[ xX]\]\s+)?|\d{1,3}[.)]\s+)")

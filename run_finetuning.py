@@ -458,9 +458,9 @@ def fitted_weight(share: float | None, pieces: float) -> float:
 
 # ----------------------------------------------------------------------------- scores by words, and by both
 
-LETTERS = rf"[^\W_]+(?:[{UNSPACED}]+[^\W_]*)*"
-# A word, KM-2.1, src/main.py, *.alt.
-WORD_OR_NAME = re.compile(rf"(?:(?<![\w.])\*?\.)?{LETTERS}(?:[._/#:@+-]+{LETTERS})*")
+LETTERS = rf"[^\W_{UNSPACED}]+"
+# A run of letters of a script without spaces; a word, KM-2.1, src/main.py, *.alt.
+WORD_OR_NAME = re.compile(rf"[{UNSPACED}]+|(?:(?<![\w.])\*?\.)?{LETTERS}(?:[._/#:@+-]+{LETTERS})*")
 IS_UNSPACED = re.compile(f"[{UNSPACED}]")
 CODE_LETTERS = re.compile(r"\A[^\W\d]{3,}(?=\d)")  # of FSTWRN004
 CAMEL = re.compile(r"(?<=[a-zçğıöşü0-9])(?=[A-ZÇĞİÖŞÜ])")
@@ -494,21 +494,12 @@ def words_and_names(text: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
 
 @functools.lru_cache(maxsize=1 << 17)
 def folded_name_and_words(word: str) -> tuple[str, tuple[str, ...]]:
-    parts = WORD.findall(CAMEL.sub(" ", word))
-    words = tuple(fold(part) for part in in_pairs(parts))
-    is_name = (len(parts) > 1 and not IS_UNSPACED.search(word)) or word[0] in "*."
+    if IS_UNSPACED.match(word):  # pairs of letters stand in for the words, as in Lucene's CJKBigramFilter
+        return "", tuple(fold(word[start : start + 2]) for start in range(max(1, len(word) - 1)))
+    words = tuple(fold(part) for part in WORD.findall(CAMEL.sub(" ", word)))
+    is_name = len(words) > 1 or word[0] in "*."
     name = re.sub(r"(?<![a-z0-9])v(?=\d)", "", re.sub(r"[\W_]+", "-", fold(word)))  # v1.7.1 is 1.7.1
     return name if is_name else "", words
-
-
-def in_pairs(words: Iterable[str]) -> Iterator[str]:
-    """Yield words, but those of one character in a row by overlapping pairs, as scripts without spaces are searched by.
-
-    Source: Lucene's CJKBigramFilter.
-    """
-    for unspaced, run in itertools.groupby(words, lambda word: IS_UNSPACED.match(word) is not None):
-        row = list(run)
-        yield from map("".join, itertools.pairwise(row)) if unspaced and len(row) > 1 else row
 
 
 def keyword_terms(text: str) -> tuple[list[str], list[str]]:

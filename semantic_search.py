@@ -594,8 +594,8 @@ def matches(words: list[QueryWord], text: str) -> list[tuple[int, int]]:
         start = text.index(as_typed, end)
         end = start + len(as_typed)
         terms = [set(one) for one in keyword_terms(as_typed)]
-        if IS_UNSPACED.search(as_typed):
-            held = (re.finditer(re.escape(composed(word.word)), as_typed, re.I) for word in single)
+        if IS_UNSPACED.match(as_typed):
+            held = (re.finditer(re.escape(composed(word.word)), as_typed) for word in single)
             spans += sorted((start + one.start(), start + one.end()) for one in itertools.chain.from_iterable(held))
         elif name in names or any(word.is_in(*terms) for word in single):
             spans.append((start, end))

@@ -463,9 +463,13 @@ def test_words_of_scripts_without_spaces_are_found_and_marked(index_of):
         for query in own:
             best = search(index, query, Request("keyword", 5))["results"][0]
             assert best["source_file"] == file and best["relevance"] > 0.5, query
-    text = "要启用插件，npm"
-    spans = semantic_search.matches(query_words(index.keywords, "启用插件"), text)
-    assert [text[slice(*span)] for span in spans] == ["启用", "用插", "插件"]
+    for query, text, marked in (
+        ("启用插件", "要启用插件，npm", ["启用", "用插", "插件"]),
+        ("KM-2.1 插件", "任务KM-2.1已完成。插件", ["KM-2.1", "插件"]),
+    ):
+        spans = semantic_search.matches(query_words(index.keywords, query), text)
+        assert [text[slice(*span)] for span in spans] == marked
+    assert "km-2-1" in run_finetuning.keyword_terms("任务KM-2.1已完成。")[0]
     assert not search(index, "天气预报怎么样", Request("keyword", 5, None, 0.5))["relevant"]
 
 
