@@ -179,7 +179,8 @@ class HeldOut:
                 f"corpus.tsv lacks the answer to {lost[0].query[:60]!r}; run prepare_finetuning_data.py again"
             )
         self.answers = np.array([places[query.positive] for query in queries], dtype=np.int64)
-        self.pieces = math.inf  # pieces_per_word of the base, once it was searched with
+        self.base: np.ndarray | None = None  # the base's similarities and its pieces_per_word, once it has searched
+        self.pieces = math.inf
 
     def part(self, queries: list[Query], max_passages: int, seed: int) -> "HeldOut":
         """Return some of the queries, searched in their answers and other passages, max_passages in all if they fit."""
@@ -207,10 +208,9 @@ class HeldOut:
         queries, passages = self.vectors(model)
         return queries @ passages.T
 
-    def similarities_of_base(self, model) -> np.ndarray:
-        """Return the same for the base model, noting into how many pieces it cuts a word, for language_share."""
-        self.pieces = pieces_per_word(model, self.passages)
-        return self.similarities(model)
+    def search_with_base(self, model) -> None:
+        """Note what the base model finds, and into how many pieces it cuts a word (language_share)."""
+        self.base, self.pieces = self.similarities(model), pieces_per_word(model, self.passages)
 
     def first(self, scores: np.ndarray, count: int = 3) -> list[str]:
         """Return the passages that a query's scores put first."""
@@ -400,16 +400,16 @@ def print_details(result: dict) -> None:
         print(f"{result['queries']} queries can not tell the models apart; {needed}")
 
 
-def search_figures(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, seed: int) -> tuple[dict, dict]:
+def search_figures(judged: HeldOut, tuned: np.ndarray, seed: int) -> tuple[dict, dict]:
     """Fit hybrid search's weight on the choosing half; return it, and nDCG@10 by search mode on the deciding half.
 
-    base, tuned: similarities of the judged queries and passages.
+    tuned: similarities of the judged queries and passages.
     """
     if len(judged.queries) < MIN_QUERIES:
         return {}, {}
-    weight = fitted_weight(language_share(judged, base), judged.pieces)
+    weight = fitted_weight(language_share(judged), judged.pieces)
     before, after = (
-        gains(judged.ranks(judged.hybrid_matrix(own, weight)))["nDCG@10"][DECIDING] for own in (base, tuned)
+        gains(judged.ranks(judged.hybrid_matrix(own, weight)))["nDCG@10"][DECIDING] for own in (judged.base, tuned)
     )
     keyword = float(gains(judged.ranks(judged.keyword_matrix()))["nDCG@10"][DECIDING].mean())
     return {"semantic_weight": weight}, {
@@ -422,18 +422,16 @@ def search_figures(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, seed: i
     }
 
 
-def language_share(judged: HeldOut, base: np.ndarray) -> float | None:
+def language_share(judged: HeldOut) -> float | None:
     """Return the base's nDCG@10 as a share of keyword search's, or None where keyword search finds nothing.
 
     It tells how well the base knows the documents' main language, by the choosing half of the queries in it without
     those for terms; with several languages, the queries are too few to tell them apart. Queries differ in how literal
     they are: a base that cuts hardly any word in pieces knows the language from half of what words find on.
-
-    base: its similarities.
     """
     languages = Counter(language(text) for text in judged.passages)
     main = max(sorted(languages), key=languages.get, default="")
-    by_base, by_words = (gains(judged.ranks(scores))["nDCG@10"] for scores in (base, judged.keyword_matrix()))
+    by_base, by_words = (gains(judged.ranks(scores))["nDCG@10"] for scores in (judged.base, judged.keyword_matrix()))
     choosing = [(place, judged.queries[place]) for place in range(len(judged.queries))[CHOOSING]]
     worded = [place for place, one in choosing if one.strategy != "term" and language(one.positive) == main]
     found = by_words[worded].sum()
@@ -443,13 +441,13 @@ def language_share(judged: HeldOut, base: np.ndarray) -> float | None:
     return share
 
 
-def knows_language(judged: HeldOut, base: np.ndarray) -> bool:
+def knows_language(judged: HeldOut) -> bool:
     """Tell whether the base knows the documents' language, and the held-out queries do not tell enough without that.
 
     Enough held-out questions of people's show by themselves what was learnt, in whatever language.
     """
     asked = sum(query.strategy == "question" for query in judged.queries)
-    return asked < MIN_QUERIES and (language_share(judged, base) or 0) >= KNOWS_LANGUAGE
+    return asked < MIN_QUERIES and (language_share(judged) or 0) >= KNOWS_LANGUAGE
 
 
 def pieces_per_word(model, texts: list[str]) -> float:
@@ -1664,26 +1662,26 @@ def plan_steps(rows: int, seconds: float, budget_seconds: float, options: argpar
     return steps
 
 
-def search_with_base(model, judged: HeldOut, watched: HeldOut) -> tuple[np.ndarray | None, float]:
-    """Return the base's similarities, None in all processes but the first, and the seconds that evaluation will take.
+def search_with_base(model, judged: HeldOut, watched: HeldOut) -> float:
+    """Search with the base in the first process; return the seconds that evaluation will take.
 
     Counted are the corpus, SPREAD_PAIRS and twice the watched passages, for the spreading, and all this again where the
     model may yet step back; and the watched passages nine times cut as in training (four checkpoints, five mixtures).
     """
     if not is_first_process():
-        return None, 0.0
+        return 0.0
     print(f"searching {len(judged.passages):,} passages for {len(judged.queries)} held-out queries", file=sys.stderr)
     started = time.perf_counter()
-    base = judged.similarities_of_base(model)
+    judged.search_with_base(model)
     encoded = model.tokenizer.backend_tokenizer.encode_batch(watched.passages)
     tokens = np.array([sum(one.attention_mask) for one in encoded])
     cut = np.minimum(tokens, config.TRAINING_TOKENS).sum() / max(1, tokens.sum())
     took = 1.2 * (time.perf_counter() - started)  # a fifth more for saving, and in case the machine gets busier
-    times = 1 if knows_language(judged, base) else 2
+    times = 1 if knows_language(judged) else 2
     texts = (2 * times + 9 * cut) * len(watched.passages) + times * SPREAD_PAIRS
     seconds = took * (times + texts / max(1, len(judged.passages)))
     print(f"evaluation will take about {duration(seconds)}, besides the training:", file=sys.stderr)
-    return base, seconds
+    return seconds
 
 
 SETTINGS = ("loss", "epochs", "batch_size", "learning_rate", "max_steps", "seed")  # options that decide a training
@@ -1805,15 +1803,15 @@ def worse_than_installed(ranks: np.ndarray, judged: HeldOut, model_dir: Path) ->
     return f"nDCG@10 {old:.3f} for the installed model, {new:.3f} for this one" if new < old else None
 
 
-def judge(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, kept_base: bool, options: argparse.Namespace) -> dict:
-    """Return what evaluation.json keeps of two models' similarities: comparison, hybrid search's weight, ranks."""
-    ranks = [judged.ranks(scores) for scores in (base, tuned)]
+def judge(judged: HeldOut, tuned: np.ndarray, kept_base: bool, options: argparse.Namespace) -> dict:
+    """Return what evaluation.json keeps of the tuned model's similarities: comparison with the base, weight, ranks."""
+    ranks = [judged.ranks(scores) for scores in (judged.base, tuned)]
     halves = [own[DECIDING] for own in ranks]
     comparison = compare(judged.queries[DECIDING], *halves, kept_base, options.seed)
-    search, by_mode = search_figures(judged, base, tuned, options.seed)
+    search, by_mode = search_figures(judged, tuned, options.seed)
     for row in comparison.get("most_gained", []) + comparison.get("most_lost", []):
         place = judged.queries.index(Query(*(row[name] for name in Query._fields)))
-        row |= {"base_first": judged.first(base[place]), "fine_tuned_first": judged.first(tuned[place])}
+        row |= {"base_first": judged.first(judged.base[place]), "fine_tuned_first": judged.first(tuned[place])}
     return {
         "comparison": comparison | {"nDCG@10_by_mode": by_mode},
         "search": search,
@@ -1827,17 +1825,16 @@ def settle(
     judged: HeldOut,
     watched: HeldOut,
     pairs: list[Pair],
-    base: np.ndarray,
     evaluation: dict,
     options: argparse.Namespace,
 ) -> np.ndarray:
     """Spread the model's vectors, pulled back towards the base where that is safer; return its similarities."""
     pairs = random.Random(options.seed).sample(pairs, min(SPREAD_PAIRS, len(pairs)))
     trained = list(model)
-    reason = "known language" if knows_language(judged, base) else None
+    reason = "known language" if knows_language(judged) else None
     if not reason:
         tuned, spread = spread_out(model, judged, watched, pairs, POWER)
-        halves = (judged.ranks(scores)[CHOOSING] for scores in (base, tuned))
+        halves = (judged.ranks(scores)[CHOOSING] for scores in (judged.base, tuned))
         verdict = compare(judged.queries[CHOOSING], *halves, False, options.seed)["verdict"]
         reason = "no clear gain" if verdict in ("unchanged", "unknown") else None
     if reason:
@@ -1849,15 +1846,15 @@ def settle(
     return tuned
 
 
-def decide(judged: HeldOut, base: np.ndarray, tuned: np.ndarray, kept_base: bool, options: argparse.Namespace) -> dict:
+def decide(judged: HeldOut, tuned: np.ndarray, kept_base: bool, options: argparse.Namespace) -> dict:
     """Return what judge returns; where the tuned model is worse, that of the base, with the other under "rejected"."""
-    result = judge(judged, base, tuned, kept_base, options) | {"rejected": None}
+    result = judge(judged, tuned, kept_base, options) | {"rejected": None}
     if result["comparison"]["verdict"] == "worse":
         worse = result["comparison"]
         if not options.quiet:
             print("the fine-tuned model searches worse, so the base is kept:")
             print_details(worse)
-        result = judge(judged, base, base, True, options) | {"rejected": worse}
+        result = judge(judged, judged.base, True, options) | {"rejected": worse}
         result |= {"alpha": 0.0, "spread": False, "letters_read_plainly": []}
     return result
 
@@ -1889,8 +1886,8 @@ def evaluate_saved(options: argparse.Namespace) -> dict:
             " trained on: of these, a verdict says little"
         )
     base, saved, kept_base = load_base_and_saved(options)
-    similarities = judged.similarities_of_base(base), judged.similarities(saved)
-    return judge(judged, *similarities, kept_base, options)["comparison"]
+    judged.search_with_base(base)
+    return judge(judged, judged.similarities(saved), kept_base, options)["comparison"]
 
 
 def evaluate_questions(options: argparse.Namespace) -> dict:
@@ -1977,14 +1974,14 @@ def tune(options: argparse.Namespace, started: float) -> None:
     identity = run_identity(options, base_folder)
     planned = claim_workspace(workspace(options.model_dir), identity, options.fresh) if is_first_process() else 0
     model = load_model(base_folder, config.DEVICE)
-    base, evaluation_seconds = search_with_base(model, judged, watched)
+    evaluation_seconds = search_with_base(model, judged, watched)
     deadline = started + config.MAX_TRAINING_MINUTES * 60 - evaluation_seconds
     evaluation = fine_tune(model, pairs, watched, planned, deadline, identity, options)
     if not is_first_process():
         return
-    tuned = settle(model, base_folder, judged, watched, pairs, base, evaluation, options)
+    tuned = settle(model, base_folder, judged, watched, pairs, evaluation, options)
     kept_base = evaluation["alpha"] == 0 and not evaluation["letters_read_plainly"] and not evaluation["spread"]
-    result = decide(judged, base, tuned, kept_base, options)
+    result = decide(judged, tuned, kept_base, options)
     if result["rejected"]:
         model = load_model(base_folder, config.DEVICE)
     if kept_base or result["rejected"]:

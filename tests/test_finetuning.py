@@ -903,9 +903,9 @@ def test_the_time_of_a_second_search_is_kept_free_only_where_the_model_may_yet_s
     for share in (0.3, 0.7):
         clock = iter([0.0, 10.0])
         monkeypatch.setattr(run_finetuning.time, "perf_counter", lambda clock=clock: next(clock))
-        monkeypatch.setattr(run_finetuning, "language_share", lambda judged, base, share=share: share)
+        monkeypatch.setattr(run_finetuning, "language_share", lambda judged, share=share: share)
         monkeypatch.setattr(HeldOut, "similarities", lambda held_out, model: np.eye(80, dtype=np.float32))
-        seconds.append(run_finetuning.search_with_base(model, judged, judged)[1])
+        seconds.append(run_finetuning.search_with_base(model, judged, judged))
     capsys.readouterr()
     once = 12 * (3 + run_finetuning.SPREAD_PAIRS / 80)  # the corpus and twice the watched passages, which are the same
     assert seconds == [pytest.approx(2 * once + 12 * 9), pytest.approx(once + 12 * 9)]
@@ -932,7 +932,7 @@ def test_the_model_stays_near_a_base_that_knows_the_language_and_where_no_gain_i
 
     monkeypatch.setattr(run_finetuning, "spread_out", spread_out)
     write_tsv(data / "evaluation_data.tsv", [one._replace(strategy=kind) for one in queries_of(80)], Query._fields)
-    monkeypatch.setattr(run_finetuning, "language_share", lambda judged, base: share)
+    monkeypatch.setattr(run_finetuning, "language_share", lambda judged: share)
     assert train(data, tmp_path / "model", chain.base) == 0
     verdict = VERDICT.search(capsys.readouterr().out.splitlines()[-1])[1]
     assert verdict == ("improved" if after == 0.9 else "unchanged")
@@ -1010,8 +1010,8 @@ def test_meaning_weighs_by_what_the_base_finds_of_what_words_find_and_little_in_
         queries = [one._replace(strategy=kind) for one, kind in zip(queries_of(size), kinds, strict=True)]
         monkeypatch.setattr(HeldOut, "keyword_matrix", lambda self: scores(by_words))
         judged = HeldOut(queries, corpus)
-        judged.pieces = pieces
-        return run_finetuning.fitted_weight(run_finetuning.language_share(judged, scores(by_base)), pieces)
+        judged.base, judged.pieces = scores(by_base), pieces
+        return run_finetuning.fitted_weight(run_finetuning.language_share(judged), pieces)
 
     sentences, half = ["sentence"] * size, range(40)
     weights = [weight(sentences, range(count), half) for count in (0, 10, 20, 40, 60)]
@@ -1022,8 +1022,9 @@ def test_meaning_weighs_by_what_the_base_finds_of_what_words_find_and_little_in_
     for kinds, by_words in ((sentences, range(0)), (["term"] * size, half)):
         assert weight(kinds, half, by_words) == run_finetuning.DEFAULT_SEMANTIC_WEIGHT
     nothing = HeldOut([], corpus)
+    nothing.base = np.zeros((0, size))
     monkeypatch.undo()
-    assert run_finetuning.language_share(nothing, np.zeros((0, size))) is None
+    assert run_finetuning.language_share(nothing) is None
 
 
 def test_a_vocabulary_leaves_the_words_of_its_own_language_whole():
@@ -1041,8 +1042,9 @@ def test_how_well_the_base_knows_the_language_is_told_by_the_main_one(monkeypatc
     judged = HeldOut(queries, texts)
     english = np.array([text.startswith("the") for text in texts])
     monkeypatch.setattr(HeldOut, "keyword_matrix", lambda self: np.eye(80))
-    assert run_finetuning.language_share(judged, np.where(english[:, None], np.eye(80), 1 - np.eye(80))) == 0
-    assert run_finetuning.language_share(judged, np.where(english[:, None], 1 - np.eye(80), np.eye(80))) == 1
+    for found, share in ((english, 0), (~english, 1)):
+        judged.base = np.where(found[:, None], np.eye(80), 1 - np.eye(80))
+        assert run_finetuning.language_share(judged) == share
 
 
 def test_an_answer_that_is_not_in_the_corpus_is_an_error():

@@ -35,11 +35,11 @@ def evaluation_of(shift: float, rejected_shift: float | None = None) -> dict:
     queries = [Query(f"<b>{n}</b> ölçümü kim yapar?", text, kinds[n % 4], "a.md") for n, text in enumerate(texts)]
     judged = HeldOut(queries, texts)
     rng = np.random.default_rng(1)
-    base = rng.normal(size=(120, 120)) + 1.5 * np.eye(120)
+    base = judged.base = rng.normal(size=(120, 120)) + 1.5 * np.eye(120)
     noise = rng.normal(scale=0.3, size=base.shape)
     options = argparse.Namespace(seed=1)
     judged_by = {
-        by: judge(judged, base, base + noise + by * np.eye(120) if by else base, by == 0, options)
+        by: judge(judged, base + noise + by * np.eye(120) if by else base, by == 0, options)
         for by in {shift, rejected_shift} - {None}
     }
     return judged_by[shift] | {
