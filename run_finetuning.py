@@ -134,6 +134,12 @@ def in_bfloat16(model):
     return torch.autocast(kind, torch.bfloat16, enabled=has_bfloat16(kind))
 
 
+def embed(model, texts: list[str], **settings) -> np.ndarray:
+    """Return the normalised embeddings of texts, float32, in rows; settings: those of SentenceTransformer.encode."""
+    with in_bfloat16(model):
+        return model.encode(texts, normalize_embeddings=True, **settings)
+
+
 def mend_tokenizer(model, texts: list[str]) -> list[str]:
     """Make the tokenizer normalise a letter to its plain form (ı to i) where that saves a tenth of the tokens.
 
@@ -197,9 +203,8 @@ class HeldOut:
         """Return the normalised embeddings of the queries, or of other texts, and of the passages, float32, in rows."""
         show = sys.stderr.isatty() and len(self.passages) > 1000
         size = 8 if model.device.type == "cpu" else 32  # small batches hold less padding; a GPU is faster with more
-        encode = functools.partial(model.encode, batch_size=size, normalize_embeddings=True, show_progress_bar=show)
-        with in_bfloat16(model):
-            return encode(texts or [query.query for query in self.queries]), encode(self.passages)
+        encode = functools.partial(embed, model, batch_size=size, show_progress_bar=show)
+        return encode(texts or [query.query for query in self.queries]), encode(self.passages)
 
     def similarities(self, model) -> np.ndarray:
         """Return each query's cosine similarity to every passage, float32 of shape (queries, passages)."""
@@ -511,6 +516,7 @@ def words_and_names(text: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
 
 @functools.lru_cache(maxsize=1 << 17)
 def folded_name_and_words(word: str) -> tuple[str, tuple[str, ...]]:
+    """Return a word's folded name, "" where it is a plain word, and the folded words that it is made of."""
     if IS_UNSPACED.match(word):  # pairs of letters stand in for the words, as in Lucene's CJKBigramFilter
         return "", tuple(fold(word[start : start + 2]) for start in range(max(1, len(word) - 1)))
     words = tuple(fold(part) for part in WORD.findall(CAMEL.sub(" ", word)))
@@ -1336,8 +1342,7 @@ def weigh_tokens(model, texts: list[str], smoothing: float = 0.003) -> None:
 def pair_differences(model, pairs: list[Pair]) -> np.ndarray:
     """Return the normalised embeddings of the anchors less those of their positives, in rows."""
     texts = [pair.anchor for pair in pairs] + [pair.positive for pair in pairs]
-    with in_bfloat16(model):
-        vectors = model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+    vectors = embed(model, texts, show_progress_bar=False)
     return vectors[: len(pairs)] - vectors[len(pairs) :]
 
 
