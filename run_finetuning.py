@@ -37,7 +37,7 @@ import textwrap
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -1574,11 +1574,13 @@ def export_onnx(model, folder: Path, texts: list[str]) -> None:
 class Encoder:
     """A model folder's ONNX pipeline: what the index and the search embed with; needs no torch.
 
+    cut: returns the token IDs of each of some texts; None: as the folder's tokenizer.
+
     Raises:
         UserError: the folder lacks a file or holds a damaged one.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, cut: Callable[[list[str]], list[list[int]]] | None = None):
         import onnxruntime
 
         # One thread a batch and several batches at once: faster than several threads in one batch, and a text's
@@ -1586,7 +1588,9 @@ class Encoder:
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = 1
         try:
-            self.tokenizer, self.window = load_tokenizer(folder)
+            if not cut:
+                tokenizer, _ = load_tokenizer(folder)
+            self.cut = cut or (lambda texts: [one.ids for one in tokenizer.encode_batch(texts)])
             self.session = onnxruntime.InferenceSession(str(folder / "onnx" / "model.onnx"), settings)
             body = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             inputs, outputs = (
@@ -1604,15 +1608,15 @@ class Encoder:
 
         Small batches stay in a core's cache: one of 256 tokens is a tenth faster than one of 1,024.
         """
-        encoded = self.tokenizer.encode_batch(texts)
-        lengths = np.array([len(one.ids) for one in encoded], dtype=np.int64)
+        encoded = self.cut(texts)
+        lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
 
         def run(batch: np.ndarray) -> np.ndarray:
             """Return the embeddings of the texts in these places."""
             ids = np.full((len(batch), lengths[batch[-1]]), self.padding_id, dtype=np.int64)
             mask = np.zeros_like(ids)
             for row, place in enumerate(batch):
-                ids[row, : lengths[place]] = encoded[place].ids
+                ids[row, : lengths[place]] = encoded[place]
                 mask[row, : lengths[place]] = 1
             return self.session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -27,7 +28,7 @@ import config
 import generate_embeddings
 import semantic_search
 from generate_embeddings import embed, load_index
-from prepare_finetuning_data import read_document, text_for_model
+from prepare_finetuning_data import load_tokenizer, read_document, text_for_model
 from run_finetuning import keyword_terms, write_keywords
 
 MODES = ["semantic", "keyword", "hybrid", "task"]
@@ -88,6 +89,12 @@ def change(built, name="Planlama/butce.md", old="Sekiz yüz", new="Dokuz yüz") 
     text = path.read_text(encoding="utf-8")
     assert old in text
     path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+@pytest.fixture
+def built_multilingual(built, tiny_multilingual_model):
+    assert built.build("--model", tiny_multilingual_model)[0] == 0
+    return built
 
 
 # -------------------------------------------------------------------------------------------- what is written
@@ -875,6 +882,79 @@ def test_an_encoder_lost_from_the_index_folder_is_made_again(built, tiny_model):
     assert built.search("bütçe", "semantic")[0] == 2
     assert built.build("--model", tiny_model)[0] == 0
     assert built.search("bütçe", "semantic")[0] == 0
+
+
+# --------------------------------------------------------------------------- the vocabulary of a multilingual model
+
+
+def write_unigram_tokenizer(folder: Path, normalizer) -> list[str]:
+    """Write a tokenizer with thousands of overlapping pieces and a window of 40 tokens; return texts to cut."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    draw = random.Random(5)
+    lines = [line for text in sample_texts() for line in text.splitlines() if line.strip()]
+    words = sorted({"▁" + word for line in lines for word in line.split()})
+    found = {word[a:b] for word in words for a in range(len(word)) for b in range(a + 1, a + 6)}
+    pieces = [(piece, draw.uniform(-12, -4)) for piece in sorted(found) if draw.random() < 0.6]
+    special = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    rarest = ("zzzzz", -40.0)  # what an unknown character costs is reckoned from the lowest score
+    tokenizer = Tokenizer(models.Unigram([*special, *pieces, rarest], 3))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    tokenizer.add_special_tokens([*(name for name, _ in special), "<mask>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 40}')
+    letters = sorted(set("".join(lines)))
+    random_texts = ["".join(draw.choices([*letters, " ", "♥", "語"], k=draw.randint(1, 300))) for _ in range(200)]
+    odd = ["", " ", "♥♥ kayıt 🎉🎉", "日本語", "<mask> <s>a</s>b", "e\u0301 ﬁ ①", "a\0b", "\t\n x", "x" * 3000, "<unk>"]
+    return [*odd, *random_texts, *draw.sample(lines, 300), "\n".join(lines[:200])]
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_a_query_is_cut_as_the_whole_tokenizer_cuts_it(tmp_path, normalized):
+    from tokenizers import normalizers
+
+    rules = normalizers.Sequence([normalizers.Replace("ı", "i"), normalizers.NFKC()]) if normalized else None
+    texts = write_unigram_tokenizer(tmp_path, rules)
+    wanted = [one.ids for one in load_tokenizer(tmp_path)[0].encode_batch(texts)]
+    assert max(map(len, wanted)) == 40 and any(3 in ids for ids in wanted)
+    pieces = generate_embeddings.prepare_pieces({"fingerprint": "0" * 64, "folder": "."}, tmp_path)
+    assert generate_embeddings.QueryTokenizer(pieces)(texts) == wanted
+
+
+def test_a_search_with_a_multilingual_model_does_not_load_the_whole_vocabulary(built_multilingual, monkeypatch):
+    index = load_index(built_multilingual.index)
+    vectors = index.vectors.reconstruct_n(0, len(index.passages))
+    monkeypatch.setattr("run_finetuning.load_tokenizer", None)
+    texts = [text_for_model(passage["heading"], passage["text"]) for passage in index.passages]
+    assert np.allclose(index.encoder.encode(texts), vectors, atol=1e-4)
+    assert built_multilingual.search("bütçe", "semantic")[0] == 0
+
+
+def test_the_vocabulary_is_written_once_for_a_model_and_goes_with_it(built_multilingual, monkeypatch):
+    built = built_multilingual
+    path = the_file(built, "pieces-*.sqlite")
+    written = path.stat().st_mtime_ns
+    change(built)
+    assert built.build("--model", load_index(built.index).header["model"]["name"])[0] == 0
+    assert path.stat().st_mtime_ns == written and "pieces" in load_index(built.index).header["files"]
+    monkeypatch.setattr(config, "INDEX_BACKUPS", 0)
+    assert built.build()[0] == 0
+    assert not list(built.index.glob("pieces-*")) and "pieces" not in load_index(built.index).header["files"]
+
+
+@pytest.mark.parametrize("damage", [flip_byte, lambda path, _: path.unlink()])
+def test_a_damaged_or_lost_vocabulary_is_noticed_and_written_again(built_multilingual, tiny_multilingual_model, damage):
+    damage(the_file(built_multilingual, "pieces-*.sqlite"), 0.6)
+    status, line = built_multilingual.search("bütçe", "semantic")
+    assert status == 2 and COMMAND.search(line) and "pieces-" in line
+    assert built_multilingual.search("bütçe", "hybrid")[0] == 0
+    status, printed = built_multilingual.build("--model", tiny_multilingual_model)
+    assert status == 0 and embedded(printed) == 0
+    assert built_multilingual.search("bütçe", "semantic")[0] == 0
 
 
 # --------------------------------------------------------------------------------------- killed, and two at once
