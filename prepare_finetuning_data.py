@@ -1140,12 +1140,13 @@ def suggest_questions(passages: list[Passage], templates: set[str], max_candidat
 
 
 QUESTION = re.compile(r"(?:how|why|what|where|which|who|neden|nasıl|niçin|kim|hangi) (?!.*[….,:;](?:\s|$))", re.I)
+POINTS_BACK = re.compile(r"\b(?:it|they|this|these|bu|bunlar)\b", re.I)  # to what only the page tells
 NUMBERING = re.compile(r"^(?:\[.?\]\s*|[\d.]+\s+|(?:\w+ ){1,2}[\d.]+\s*[:–—-]\s+)")  # 3.1 Scope, Task 2: Scope
 TASK = re.compile(r"(?:[A-ZÇĞİÖŞÜ]{2,}-)+\d[\d.]*$|\b(?:[Gg]örev\w*|[Tt]ask) [\w.]*\d[\w.]*$")  # KM-2.1, Görev 9.B
 DESCRIPTION = re.compile(r"aciklama|amac|tanim|definition|description|meaning|purpose")
 VERB = re.compile(  # that is no noun, as "build" and "test" are, at the beginning of a heading
-    r"(?:add|choose|configure|connect|create|customize|define|delete|deploy|disable|enable|find|fix|generate|get|install|"
-    r"integrate|manage|migrate|publish|remove|rename|restore|send|uninstall|use|validate|verify|write|"
+    r"(?:add|choose|configure|connect|create|define|delete|deploy|disable|enable|find|fix|generate|get|install|"
+    r"integrate|manage|migrate|publish|remove|rename|restore|send|uninstall|use|validate|write|\w{3,}(?:ize|ify)|"
     r"\w+ (?:an?|the|your)) "
 )
 PHRASE = re.compile(r"(?:about|after|all|before|behind|beyond|both|during|inside|not|outside|over|under|with\w*) ")
@@ -1162,8 +1163,8 @@ def question_about(
     definitions: how often each term is set off as if it were defined; what recurs is a field's label, such as "Status".
     """
     heading = NUMBERING.sub("", passage.heading[-1]).strip("-–:. ") if passage.heading else ""
-    if heading.endswith("?") or QUESTION.match(heading):
-        return 4.0, re.sub(r"^How to (\w)", lambda found: f"How do I {found[1].lower()}", heading).rstrip("?") + "?"
+    if heading.endswith("?") or (QUESTION.match(heading) and not POINTS_BACK.search(heading)):
+        return 4.0, as_question(heading)
     for row in table_rows(passage.text):
         code, (name, cell) = row[0][1], max(row, key=lambda named: len(named[1]))
         if CODE_NAME.fullmatch(code) and name and cell != code:
@@ -1176,6 +1177,13 @@ def question_about(
     if template_key(passage.heading[-1]) in templates:
         return None
     return 2.0 - vagueness(heading) + shared_words(heading, plain_text(passage.text)) / 2, ask_about(heading, spoken)
+
+
+def as_question(heading: str) -> str:
+    """Return a heading that asks, such as "How to build" or "How a build works", in the words of a question."""
+    heading = re.sub(r"^How to (\w)", lambda found: f"How do I {found[1].lower()}", heading)
+    heading = re.sub(r"^How (?!do |does |can )(.+ work)s$", r"How does \1", heading)
+    return re.sub(r"^How (?!do |does |can )(.+ work)$", r"How do \1", heading).rstrip("?") + "?"
 
 
 def ask_about_row(code: str, column: str, spoken: str) -> str:

@@ -213,13 +213,15 @@ def test_suggestions_are_in_the_documents_language_and_no_template_junk(prepare)
 def test_a_heading_that_is_a_question_is_asked_as_it_is_and_only_numbered_terms_are_tasks(prepare):
     text = (
         "# Guide\n\n## How to roll back a release\n\nPoint the current link at the image before, then restart the one"
-        " service that reads it, and tell the others.\n\n## Options\n\n- **`allow_h2`**: whether the second version of"
-        " the protocol may be spoken with a server that offers it at all.\n"
+        " service that reads it, and tell the others.\n\n## How it works\n\nEvery night at three a job of the server"
+        " looks for images that nothing names any more, and removes them.\n\n### How the cache works\n\nA page is kept"
+        " for an hour in the memory of the first server that has been asked for it.\n\n## Options\n\n- **`allow_h2`**:"
+        " whether the second version of the protocol may be spoken with a server that offers it at all.\n"
     )
     (prepare.data.parent / "project" / "guide.md").write_text(text, encoding="utf-8")
     assert prepare("--suggest-questions") == 0
     questions = {row.question for row in candidates(prepare.data) if row.source_file == "guide.md"}
-    assert questions == {"How do I roll back a release?", "What is allow_h2?"}
+    assert questions == {"How do I roll back a release?", "How does the cache work?", "What is allow_h2?"}
 
 
 @pytest.mark.parametrize(
@@ -235,6 +237,7 @@ def test_a_heading_that_is_a_question_is_asked_as_it_is_and_only_numbered_terms_
         ("String values", None, "What are the string values?"),
         ("Configure the server", None, "How do I configure the server?"),
         ("Mount a filesystem", None, "How do I mount a filesystem?"),
+        ("Parallelize test runs", None, "How do I parallelize test runs?"),
         ("Running the tests", None, "How does running the tests work?"),
         ("Behind a proxy", None, "Behind a proxy?"),
         ("KeePassXC database", None, "What is the KeePassXC database?"),
