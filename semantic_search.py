@@ -126,7 +126,7 @@ def score_passages(index: Index, query: str, request: Request) -> Scored:
     count = min(max(CANDIDATES, 2 * request.top_k), len(index.passages))
     embeds = request.mode == "semantic" or (request.mode != "keyword" and can_embed(index, index.header["id"]))
     with ThreadPoolExecutor(1) as pool:  # the query is embedded while its words are looked up
-        embedding = pool.submit(index.encoder.encode, [query]) if embeds else None
+        embedding = pool.submit(index.encoder.embed, index.encoder.cut([query])) if embeds else None
         words = query_words(index.keywords, query)
         keyword, held = keyword_scores(index.keywords, words, count)
     if embedding is None:
