@@ -734,6 +734,7 @@ def keyword_scores(index: Keywords, words: list[QueryWord], count: int) -> tuple
 
     A score is BM25 times the share of the words' weight that the passage holds, like the coordination factor of early
     versions of Lucene: in a long description, many of its words come before a rare one that stands there by chance.
+    Beyond the first CANDIDATES no score is higher than theirs, so that more results leave the first as they are.
     The second value is the largest share, 1 where nothing is known of it.
     """
     rarest = sorted(words, key=lambda word: word.passages)
@@ -750,10 +751,13 @@ def keyword_scores(index: Keywords, words: list[QueryWord], count: int) -> tuple
     if len(best) > count:
         best = best[scores[best] >= np.partition(scores[best], -count)[-count]]
     best = best[np.argsort(-scores[best], kind="stable")][:count]
-    if not share[best].any():  # they hold but parts of a name that no passage holds whole
-        return dict(zip(best.tolist(), scores[best].tolist(), strict=True)), 1.0
-    share = share[best] / sum(word.weight for word in words)
-    return dict(zip(best.tolist(), (scores[best] * share).tolist(), strict=True)), float(share.max())
+    scores, share = scores[best], share[best]
+    if not share.any():  # they hold but parts of a name that no passage holds whole
+        return dict(zip(best.tolist(), scores.tolist(), strict=True)), 1.0
+    share /= sum(word.weight for word in words)
+    scores *= share
+    scores[CANDIDATES:] = np.minimum(scores[CANDIDATES:], scores[:CANDIDATES].min())
+    return dict(zip(best.tolist(), scores.tolist(), strict=True)), float(share[:CANDIDATES].max())
 
 
 def weight_for_few_words(fitted: float, words: list[QueryWord]) -> float:
@@ -780,18 +784,27 @@ def combined_scores(
     """Return the weighted sum of both standard scores for each passage of meaning, which holds all of words.
 
     The mean and deviation of the similarities are those over the whole index, so that a query which nothing is near
-    to leaves the order to its words; a passage that holds none of the words has the keyword score 0.
+    to leaves the order to its words; a passage that holds none of the words has the keyword score 0. Both arms are
+    given best first: those of the keyword scores are those of each arm's first CANDIDATES, which others do not come
+    before, so that the order is the same however many results are asked for.
     """
-    words = standard_scores({place: words.get(place, 0.0) for place in meaning})
-    return {
+    first_words = dict(itertools.islice(words.items(), CANDIDATES))
+    pool = dict.fromkeys([*itertools.islice(meaning, CANDIDATES), *first_words])
+    words = {place: (first_words if place in pool else words).get(place, 0.0) for place in meaning}
+    words = standard_scores(words, pool)
+    scores = {
         place: semantic_weight * (meaning[place] - mean) / (deviation or 1.0) + (1 - semantic_weight) * words[place]
         for place in meaning
     }
+    lowest = min((scores[place] for place in pool), default=0.0)
+    return {place: score if place in pool else min(score, lowest) for place, score in scores.items()}
 
 
-def standard_scores(scores: dict[int, float]) -> dict[int, float]:
-    mean = sum(scores.values()) / max(1, len(scores))
-    deviation = math.sqrt(sum((score - mean) ** 2 for score in scores.values()) / max(1, len(scores))) or 1.0
+def standard_scores(scores: dict[int, float], pool: Iterable[int] | None = None) -> dict[int, float]:
+    """Return scores less their mean, in units of their deviation; pool: the places that these are of, or all."""
+    counted = [scores[place] for place in (scores if pool is None else pool)]
+    mean = sum(counted) / max(1, len(counted))
+    deviation = math.sqrt(sum((score - mean) ** 2 for score in counted) / max(1, len(counted))) or 1.0
     return {place: (score - mean) / deviation for place, score in scores.items()}
 
 

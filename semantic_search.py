@@ -39,6 +39,7 @@ import heapq
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import shlex
@@ -219,7 +220,7 @@ def make_results(index: Index, ranking: dict[int, float], searches: list[Scored]
     """Return the top_k distinct passages of a ranking; copies and near-copies are named by the best of them."""
     results: dict[str, dict] = {}
     word_sets: list[tuple[dict, set[str]]] = []
-    best = heapq.nsmallest(2 * request.top_k + COPIES_AMONG, ranking.items(), key=lambda item: (-item[1], item[0]))
+    best = heapq.nlargest(2 * request.top_k + COPIES_AMONG, ranking.items(), key=operator.itemgetter(1))
     for place, score in best:
         passage = index.passages[place]
         text = passage["text"]

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import REPOSITORY, error_line, exit_status, run_script, write_documents
+from conftest import REPOSITORY, error_line, exit_status, run_script, sample_texts, write_documents
 
 import config
 import generate_embeddings
@@ -251,6 +251,19 @@ def test_standard_scores_have_mean_0_and_deviation_1_and_equal_ones_are_0():
     assert sum(score**2 for score in scores.values()) == pytest.approx(3)
     assert standard_scores({1: 5.0, 2: 5.0}) == {1: 0.0, 2: 0.0}
     assert standard_scores({}) == {}
+
+
+@pytest.mark.parametrize("mode", ["semantic", "keyword", "hybrid", "task"])
+def test_more_results_leave_the_first_as_they_are(index_of, monkeypatch, mode):
+    texts = [" ".join(text.split()) for text in sample_texts()]
+    cut = [text[start : start + 120] for text in texts for start in range(0, min(len(text), 3000), 120)]
+    index = index_of({"a.md": "\n\n".join(f"# {place}\n\n{text}" for place, text in enumerate(cut))}, {})
+    for module in (run_finetuning, semantic_search):
+        monkeypatch.setattr(module, "CANDIDATES", 20)
+    for query in cut[::40]:
+        few, many = (search(index, query[:60], Request(mode, count))["results"] for count in (10, 200))
+        assert keys_of(many[:10]) == keys_of(few) and len(many) > 20
+        assert [one["score"] for one in many] == sorted((one["score"] for one in many), reverse=True)
 
 
 def test_the_weights_of_hybrid_search_count_in_proportion():
