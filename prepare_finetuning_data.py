@@ -1139,6 +1139,22 @@ def suggest_questions(passages: list[Passage], templates: set[str], max_candidat
     return [row for _, _, row in sorted(ranked, key=lambda one: one[:2], reverse=True)[:max_candidates]]
 
 
+def mark_suggested(
+    pairs: list[Pair], queries: list[Query], passages: list[Passage], templates: set[str]
+) -> tuple[list[Pair], list[Query]]:
+    """Return pairs and queries with the strategy "suggested" for questions that are worded as suggest_questions does.
+
+    Those repeat a heading or a term, and tell of a model no more than made-up queries do.
+    """
+    suggested = {fold(one.question) for one in suggest_questions(passages, templates, len(passages))}
+
+    def marked(row):
+        is_suggested = row.strategy == "question" and fold(row[0]) in suggested
+        return row._replace(strategy="suggested") if is_suggested else row
+
+    return list(map(marked, pairs)), list(map(marked, queries))
+
+
 QUESTION = re.compile(r"(?:how|why|what|where|which|who|neden|nasıl|niçin|kim|hangi) (?!.*[….,:;](?:\s|$))", re.I)
 POINTS_BACK = re.compile(r"\b(?:it|they|this|these|bu|bunlar)\b", re.I)  # to what only the page tells
 NUMBERING = re.compile(r"^(?:\[.?\]\s*|[\d.]+\s+|(?:\w+ ){1,2}[\d.]+\s*[:–—-]\s+)")  # 3.1 Scope, Task 2: Scope
@@ -1786,6 +1802,7 @@ def main(argv: list[str] | None = None) -> None:
     pairs, dropped = make_pairs(passages, held_out, templates, strategies, max_pairs, options.seed, labelled)
     if not pairs:
         raise UserError("no training pairs: too few documents, or too short; give more --documents or --strategy")
+    pairs, queries = mark_suggested(pairs, queries, passages, templates) if labelled else (pairs, queries)
     model_folder, note = find_model(config.BASE_MODEL, config.BASE_MODEL_REVISION, fallback=True)
     tokens, window = count_tokens([row.passage for row in corpus], model_folder)
     report = {

@@ -449,7 +449,8 @@ def language_share(judged: HeldOut) -> float | None:
 def knows_language(judged: HeldOut) -> bool:
     """Tell whether the base knows the documents' language, and the held-out queries do not tell enough without that.
 
-    Enough held-out questions of people's show by themselves what was learnt, in whatever language.
+    Enough held-out questions of people's show by themselves what was learnt, in whatever language; those accepted as
+    they were suggested repeat their passage's words like other made-up queries.
     """
     asked = sum(query.strategy == "question" for query in judged.queries)
     return asked < MIN_QUERIES and (language_share(judged) or 0) >= KNOWS_LANGUAGE
@@ -879,6 +880,9 @@ def training_columns(pairs: list[Pair]) -> dict[str, list[str]]:
     return columns
 
 
+LABELLED = ("question", "suggested")  # strategies of pairs that a person has written or accepted
+
+
 def plan_rows(pairs: list[Pair], epochs: int, question_weight: int, max_unlabelled: int, seed: int) -> list[int]:
     """Return the rows to train on: those that no person labelled once an epoch, but max_unlabelled at most in all.
 
@@ -886,8 +890,8 @@ def plan_rows(pairs: list[Pair], epochs: int, question_weight: int, max_unlabell
     words in about a hundred steps; from then on the search gets worse while the loss falls.
     """
     rng = random.Random(seed)
-    labelled = [row for row, pair in enumerate(pairs) if pair.strategy == "question"]
-    unlabelled = [row for row, pair in enumerate(pairs) if pair.strategy != "question"]
+    labelled = [row for row, pair in enumerate(pairs) if pair.strategy in LABELLED]
+    unlabelled = [row for row, pair in enumerate(pairs) if pair.strategy not in LABELLED]
     rounds = (rng.sample(unlabelled, len(unlabelled)) for _ in range(epochs))
     return [
         *itertools.islice(itertools.chain.from_iterable(rounds), max_unlabelled),
@@ -1411,6 +1415,7 @@ PLAIN_NAMES = {
     "sentence": "sentences",
     "term": "IDs and terms",
     "question": "people's questions",
+    "suggested": "suggested questions",
     "tr": "Turkish",
     "en": "English",
     "other": "other language",
@@ -1954,7 +1959,7 @@ def evaluate_questions(options: argparse.Namespace) -> dict:
 def warn_of_trained(queries: list[Query], data_dir: Path) -> None:
     """Say how many of a person's queries were trained on: of these, a verdict says little."""
     with contextlib.suppress(UserError):  # no training data at hand
-        trained = {fold(pair.anchor) for pair in read_pairs(data_dir) if pair.strategy == "question"}
+        trained = {fold(pair.anchor) for pair in read_pairs(data_dir) if pair.strategy in LABELLED}
         if count := sum(fold(query.query) in trained for query in queries):
             warn(f"{count} of the {len(queries)} queries with an answer are trained on ({data_dir}/training_data.tsv)")
 

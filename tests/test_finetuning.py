@@ -739,7 +739,7 @@ def test_pairs_that_all_share_a_section_still_make_batches():
 
 
 def test_labelled_questions_are_trained_on_more_often_and_without_the_limit():
-    kinds = ["question"] * 2 + ["heading"] * 10
+    kinds = ["question", "suggested"] + ["heading"] * 10
     pairs = [Pair(f"a{i}", f"p{i}", "", kind, "a.md") for i, kind in enumerate(kinds)]
     times = Counter(run_finetuning.plan_rows(pairs, 3, 4, 15, 1))
     assert times[0] == times[1] == 12
@@ -917,6 +917,7 @@ def test_the_time_of_a_second_search_is_kept_free_only_where_the_model_may_yet_s
         (0.3, 0.9, "heading", 0.3, None, [0.5]),
         (0.3, 0.9, "heading", 0.7, "known language", [0.125]),
         (0.3, 0.9, "question", 0.7, None, [0.5]),
+        (0.3, 0.9, "suggested", 0.7, "known language", [0.125]),
         (0.5, 0.52, "question", 0.3, "no clear gain", [0.5, 0.25]),
     ],
 )

@@ -287,6 +287,19 @@ def test_accepted_suggestions_are_used_and_marks_survive_another_suggestion(prep
     assert len({row.passage for row in again}) == len(again)
 
 
+def test_a_suggestion_accepted_as_it_was_worded_counts_as_no_question_of_a_persons(prepare):
+    assert prepare("--suggest-questions") == 0
+    rows = [row._replace(accept="x") for row in candidates(prepare.data)]
+    rows[0] = rows[0]._replace(question="kim bakar ki buna")
+    write_tsv(prepare.data / "question_candidates.tsv", rows, Candidate._fields)
+    assert prepare() == 0
+    found = [(pair.strategy, pair.anchor) for pair in read_pairs(prepare.data)]
+    found += [(query.strategy, query.query) for query in read_queries(prepare.data)]
+    asked = {kind: {text for own, text in found if own == kind} for kind in ("question", "suggested")}
+    assert asked["question"] == {"kim bakar ki buna"}
+    assert asked["suggested"] and asked["suggested"] <= {row.question for row in rows}
+
+
 def test_the_language_of_a_text():
     texts = [*DOCUMENTS.values()]
     assert {language(text) for text in texts} == {"tr", "en"}
