@@ -321,10 +321,12 @@ def assist(index: Index, task: str, request: Request) -> dict:
     entry, own_places = find_entry(index, task)
     text = entry["text"] if entry else task
     needs = split_needs(text)
-    whole = score_passages(index, plain_text(text) if entry else text, request)
-    by_need = [score_passages(index, need, request) for need in needs] if len(needs) > 1 else [whole]
+    by_needs = len(needs) >= 4  # two or three sentences are one need more often than not
+    usual = request._replace(top_k=1)  # the same candidates, however many results are asked for
+    whole = score_passages(index, plain_text(text) if entry else text, usual if by_needs else request)
+    by_need = [score_passages(index, need, usual) for need in needs] if len(needs) > 1 else [whole]
     ranking = whole.ranking
-    if len(needs) >= 4:  # two or three sentences are one need more often than not
+    if by_needs:
         best: dict[int, float] = {}
         for scored in by_need:
             for place, score in scored.ranking.items():

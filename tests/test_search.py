@@ -260,8 +260,10 @@ def test_more_results_leave_the_first_as_they_are(index_of, monkeypatch, mode):
     index = index_of({"a.md": "\n\n".join(f"# {place}\n\n{text}" for place, text in enumerate(cut))}, {})
     for module in (run_finetuning, semantic_search):
         monkeypatch.setattr(module, "CANDIDATES", 20)
-    for query in cut[::40]:
-        few, many = (search(index, query[:60], Request(mode, count))["results"] for count in (10, 200))
+    queries = [text[:60] for text in cut[::40]]
+    several = ["\n".join(f"- {text[:40]}" for text in cut[start : start + 500 : 90]) for start in range(5, 400, 15)]
+    for query in queries + several * (mode == "task"):
+        few, many = (search(index, query, Request(mode, count))["results"] for count in (10, 200))
         assert keys_of(many[:10]) == keys_of(few) and len(many) > 20
         assert [one["score"] for one in many] == sorted((one["score"] for one in many), reverse=True)
 
