@@ -22,11 +22,11 @@ Only passages that are new are embedded; the others keep their vectors. Files wr
 metadata.json: {"checksum": CRC-32 of all lines below the first, "header_checksum": of the second alone, "format": 7,
 "id", "created", "documents_root", "globs", "max_passage_chars", "max_document_mb", "scripts": SHA-256 of the code that
 cuts passages and words, "faiss_index": config.FAISS_INDEX, "documents": {source_file: [bytes, modified in ns,
-SHA-256]}, "model": {"name", "fingerprint", "folder" relative to the index, "files": {name: [bytes, CRC-32]}}, "search":
-{"semantic_weight"} (as the model's evaluation.json has it, or {}), "passage_count", "dimensions", "keeps_vectors":
-whether the FAISS index gives vectors back exactly, "files": {"embeddings", "keywords" or "pieces": [name, bytes,
-CRC-32]}, "passages": [{"id", "source_file", "also_in": [other files with the same text], "heading": [path],
-"chunk_index", "start_line", "end_line", "text", "hash"}, one a line]}.
+SHA-256]}, "model": {"name", "fingerprint", "folder" relative to the index, "files": {name: [bytes, CRC-32]}, "pieces":
+[bytes, CRC-32] or null}, "search": {"semantic_weight"} (as the model's evaluation.json has it, or {}), "passage_count",
+"dimensions", "keeps_vectors": whether the FAISS index gives vectors back exactly, "files": {"embeddings" or "keywords":
+[name, bytes, CRC-32]}, "passages": [{"id", "source_file", "also_in": [other files with the same text], "heading":
+[path], "chunk_index", "start_line", "end_line", "text", "hash"}, one a line]}.
 
 torchrun --nproc-per-node N generate_embeddings.py spreads the embedding over N processes; rank 0 does all the rest.
 """
@@ -204,7 +204,7 @@ def load_encoder(header: dict, index_dir: Path) -> Encoder:
     """
     model = header["model"]
     folder = index_dir / model["folder"]
-    cut = QueryTokenizer(checked_file(index_dir, header, "pieces")) if "pieces" in header["files"] else None
+    cut = QueryTokenizer(pieces_file(index_dir, model)) if pieces_are_whole(index_dir, model) else None
     for place in (folder, previous(folder)):
         with contextlib.suppress(UserError):
             encoder = Encoder(place, cut)
@@ -243,32 +243,42 @@ def half_precision(model) -> Callable[[list[str]], np.ndarray]:
 # ------------------------------------------------------------------------------ the tokenizer of a query
 
 
-def prepare_pieces(model: dict, index_dir: Path) -> Path | None:
-    """Return the file in the index folder that QueryTokenizer reads, written if need be; None where it has no use.
+def pieces_file(index_dir: Path, model: dict) -> Path:
+    return index_dir / f"pieces-{model['fingerprint'][:12]}.sqlite"
+
+
+def pieces_are_whole(index_dir: Path, model: dict) -> bool:
+    """Tell whether a model has a file for QueryTokenizer; without it a search takes longer, and is the same."""
+    return bool(model.get("pieces")) and is_whole(pieces_file(index_dir, model), *model["pieces"])
+
+
+def prepare_pieces(model: dict, index_dir: Path) -> list | None:
+    """Write the file that QueryTokenizer reads, where it is of use; return its bytes and CRC-32.
 
     Tables: pieces(piece, id, score), the vocabulary of a Unigram tokenizer; rules(json, unknown, longest), the
     tokenizer with only the two pieces whose scores decide about unknown characters, the ID of what is unknown, and the
     length of the longest piece. model: as the header of metadata.json has it.
     """
-    path = index_dir / f"pieces-{model['fingerprint'][:12]}.sqlite"
     with contextlib.suppress(UserError):
-        name, *state = read_header(index_dir / METADATA)["files"].get("pieces", [None])
-        if name == path.name and is_whole(path, *state):
-            return path
+        before = read_header(index_dir / METADATA)["model"]
+        if before["fingerprint"] == model["fingerprint"] and pieces_are_whole(index_dir, before):
+            return before["pieces"]
     rules = json.loads(load_tokenizer(index_dir / model["folder"])[0].to_str())
     unigram = rules["model"]
     if unigram["type"] != "Unigram" or unigram["unk_id"] is None or unigram["byte_fallback"]:
         return None  # a vocabulary of another kind is loaded fast
     vocabulary, unknown = unigram["vocab"], unigram["unk_id"]
     unigram |= {"vocab": [vocabulary[unknown], min(vocabulary, key=lambda piece: piece[1])], "unk_id": 0}
+    path = pieces_file(index_dir, model)
     with replacing(path) as temporary, contextlib.closing(sqlite3.connect(temporary)) as database, database:
+        database.execute("PRAGMA journal_mode=OFF")
         database.execute("CREATE TABLE rules(json TEXT, unknown INTEGER, longest INTEGER)")
         longest = max(len(piece) for piece, _ in vocabulary)
         database.execute("INSERT INTO rules VALUES (?, ?, ?)", (json.dumps(rules), unknown, longest))
         database.execute("CREATE TABLE pieces(piece TEXT PRIMARY KEY, id INTEGER, score REAL) WITHOUT ROWID")
         rows = ((piece, number, score) for number, (piece, score) in enumerate(vocabulary))
         database.executemany("INSERT OR REPLACE INTO pieces VALUES (?, ?, ?)", rows)
-    return path
+    return size_and_checksum(path)
 
 
 class QueryTokenizer:
@@ -302,7 +312,8 @@ class QueryTokenizer:
         found = self.database.execute(query, (json.dumps(sorted(parts)),)).fetchall()
         numbers = {piece: number for piece, number, _ in found} | self.special
         tokens = self.tokens(text, self.always + [(piece, score) for piece, _, score in found])
-        return [numbers.get(token, self.unknown) for token in tokens]
+        # A special token may come with the spaces around it.
+        return [numbers.get(token, self.special.get(token.strip(), self.unknown)) for token in tokens]
 
     def tokens(self, text: str, pieces: list[tuple[str, float]], **settings) -> list[str]:
         from tokenizers import models
@@ -515,8 +526,7 @@ def commit(index_dir: Path, header: dict, records: list[dict], vectors: np.ndarr
             header["keeps_vectors"] = write_vectors(temporary, vectors, header["faiss_index"])
         with replacing(files["keywords"]) as temporary:
             write_keywords(temporary, ((record["heading"], record["text"]) for record in records)).database.close()
-        if pieces := prepare_pieces(header["model"], index_dir):
-            files["pieces"] = pieces
+        header["model"] = header["model"] | {"pieces": prepare_pieces(header["model"], index_dir)}
     except (RuntimeError, sqlite3.Error) as error:  # of FAISS and SQLite, where others raise an OSError
         raise UserError(f"{index_dir} can not be written ({error}); make room or name another --index-dir") from None
     header["files"] = {kind: [path.name, *size_and_checksum(path)] for kind, path in files.items()}
@@ -541,6 +551,7 @@ def prune(index_dir: Path, backups: int) -> None:
     for path, header in usable[: 1 + backups]:
         used.add(path.name)
         used |= {name for name, *_ in header["files"].values()} | {Path(header["model"]["folder"]).name}
+        used.add(pieces_file(index_dir, header["model"]).name)
     patterns = (f"metadata-{ID}.json", f"embeddings-{ID}.index", f"keywords-{ID}.sqlite", f"encoder-{FINGERPRINT}")
     patterns += (f"pieces-{FINGERPRINT}.sqlite", f"unfinished-{FINGERPRINT}-*.npz")
     temporaries = (f".{pattern}.*.new" for pattern in ("metadata.json", *patterns))
@@ -723,8 +734,8 @@ def checked_file(index_dir: Path, header: dict, kind: str) -> Path:
 
 
 def open_to_read(path: Path) -> sqlite3.Connection:
-    """Open a database that nothing changes, for use by one thread after the other."""
-    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False)
+    """Open a database that nothing changes."""
+    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
 
 
 class Index:
@@ -908,6 +919,8 @@ def reasons_to_build(index_dir: Path, wanted: dict) -> list[str]:
         found.append("the model changed")
     elif not encoder_is_whole(index_dir / before["model"]["folder"], before["model"]):
         found.append("the model's ONNX form is gone or changed")
+    elif before["model"].get("pieces") and not pieces_are_whole(index_dir, before["model"]):
+        found.append("the model's vocabulary in the index is gone or changed")
     old, new = before["documents"], wanted["documents"]
     for words, names in (
         ("added", [name for name in new if name not in old]),

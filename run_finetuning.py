@@ -753,7 +753,7 @@ def keyword_scores(index: Keywords, words: list[QueryWord], count: int) -> tuple
         best = best[scores[best] >= np.partition(scores[best], -count)[-count]]
     best = best[np.argsort(-scores[best], kind="stable")][:count]
     scores, share = scores[best], share[best]
-    if not share.any():  # they hold but parts of a name that no passage holds whole
+    if not share[:CANDIDATES].any():  # they hold but parts of a name that no passage holds whole
         return dict(zip(best.tolist(), scores.tolist(), strict=True)), 1.0
     share /= sum(word.weight for word in words)
     scores *= share

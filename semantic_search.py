@@ -131,10 +131,12 @@ def score_passages(index: Index, query: str, request: Request) -> Scored:
         words = query_words(index.keywords, query)
         keyword, held = keyword_scores(index.keywords, words, count)
     if embedding is None:
-        return Scored(words, {}, keyword, keyword if request.mode == "keyword" else standard_scores(keyword), 0.0)
+        standard = standard_scores(keyword, itertools.islice(keyword, CANDIDATES))
+        return Scored(words, {}, keyword, keyword if request.mode == "keyword" else standard, 0.0)
     vector = embedding.result()
     scores, places = index.vectors.search(vector, count)
-    cosines = {int(place): float(score) for place, score in zip(places[0], scores[0], strict=True) if place >= 0}
+    order = np.lexsort((places[0], -scores[0]))  # of equal ones FAISS gives the last first
+    cosines = {int(places[0][i]): float(scores[0][i]) for i in order if places[0][i] >= 0}
     lost = [place for place in keyword if place not in cosines and request.mode != "semantic"]
     if lost:
         cosines |= zip(lost, cosines_of(index.vectors.reconstruct_batch(lost), vector[0]).tolist(), strict=True)
@@ -316,7 +318,7 @@ def assist(index: Index, task: str, request: Request) -> dict:
     """Return the results for a task description or for the ID of a task that the documents define.
 
     A model reads only its window of a long text, and one vector blurs several needs: from four needs on, each passage
-    gets its score for the whole description and half its best one for a single need.
+    gets its score for the whole description and half its best one for a single need, if it is a candidate of any.
     """
     entry, own_places = find_entry(index, task)
     text = entry["text"] if entry else task
@@ -415,7 +417,7 @@ def begins_small(line: str) -> bool:
 def covered_by(index: Index, ranking: dict[int, float], scored: Scored, request: Request) -> list[dict]:
     """Return the passages that cover a need, best first, one a document: the relevant ones of its first few."""
     found: dict[str, dict] = {}
-    for place in sorted(ranking, key=lambda place: (-ranking[place], place))[:JUDGED]:
+    for place in heapq.nlargest(JUDGED, ranking, key=ranking.get):
         passage = index.passages[place]
         (value,) = relevances(index, [scored], place)
         if value >= request.min_relevance:

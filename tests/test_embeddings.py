@@ -889,7 +889,7 @@ def test_an_encoder_lost_from_the_index_folder_is_made_again(built, tiny_model):
 
 def write_unigram_tokenizer(folder: Path, normalizer) -> list[str]:
     """Write a tokenizer with thousands of overlapping pieces and a window of 40 tokens; return texts to cut."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
     draw = random.Random(5)
     lines = [line for text in sample_texts() for line in text.splitlines() if line.strip()]
@@ -904,12 +904,23 @@ def write_unigram_tokenizer(folder: Path, normalizer) -> list[str]:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
-    tokenizer.add_special_tokens([*(name for name, _ in special), "<mask>"])
+    tokenizer.add_special_tokens([*(name for name, _ in special), AddedToken("<mask>", lstrip=True)])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 40}')
     letters = sorted(set("".join(lines)))
     random_texts = ["".join(draw.choices([*letters, " ", "♥", "語"], k=draw.randint(1, 300))) for _ in range(200)]
-    odd = ["", " ", "♥♥ kayıt 🎉🎉", "日本語", "<mask> <s>a</s>b", "e\u0301 ﬁ ①", "a\0b", "\t\n x", "x" * 3000, "<unk>"]
+    odd = [
+        "",
+        " ",
+        "♥♥ kayıt 🎉🎉",
+        "日本語",
+        "<mask> <s>a</s>b <mask> c",
+        "e\u0301 ﬁ ①",
+        "a\0b",
+        "\t\n x",
+        "x" * 3000,
+        "<unk>",
+    ]
     return [*odd, *random_texts, *draw.sample(lines, 300), "\n".join(lines[:200])]
 
 
@@ -921,8 +932,11 @@ def test_a_query_is_cut_as_the_whole_tokenizer_cuts_it(tmp_path, normalized):
     texts = write_unigram_tokenizer(tmp_path, rules)
     wanted = [one.ids for one in load_tokenizer(tmp_path)[0].encode_batch(texts)]
     assert max(map(len, wanted)) == 40 and any(3 in ids for ids in wanted)
-    pieces = generate_embeddings.prepare_pieces({"fingerprint": "0" * 64, "folder": "."}, tmp_path)
-    assert generate_embeddings.QueryTokenizer(pieces)(texts) == wanted
+    model = {"fingerprint": "0" * 64, "folder": "."}
+    size, _ = generate_embeddings.prepare_pieces(model, tmp_path)
+    path = generate_embeddings.pieces_file(tmp_path, model)
+    assert path.stat().st_size == size
+    assert generate_embeddings.QueryTokenizer(path)(texts) == wanted
 
 
 def test_a_search_with_a_multilingual_model_does_not_load_the_whole_vocabulary(built_multilingual, monkeypatch):
@@ -940,21 +954,25 @@ def test_the_vocabulary_is_written_once_for_a_model_and_goes_with_it(built_multi
     written = path.stat().st_mtime_ns
     change(built)
     assert built.build("--model", load_index(built.index).header["model"]["name"])[0] == 0
-    assert path.stat().st_mtime_ns == written and "pieces" in load_index(built.index).header["files"]
+    assert path.stat().st_mtime_ns == written and load_index(built.index).header["model"]["pieces"]
     monkeypatch.setattr(config, "INDEX_BACKUPS", 0)
     assert built.build()[0] == 0
-    assert not list(built.index.glob("pieces-*")) and "pieces" not in load_index(built.index).header["files"]
+    assert not list(built.index.glob("pieces-*")) and load_index(built.index).header["model"]["pieces"] is None
 
 
 @pytest.mark.parametrize("damage", [flip_byte, lambda path, _: path.unlink()])
-def test_a_damaged_or_lost_vocabulary_is_noticed_and_written_again(built_multilingual, tiny_multilingual_model, damage):
-    damage(the_file(built_multilingual, "pieces-*.sqlite"), 0.6)
-    status, line = built_multilingual.search("bütçe", "semantic")
-    assert status == 2 and COMMAND.search(line) and "pieces-" in line
-    assert built_multilingual.search("bütçe", "hybrid")[0] == 0
-    status, printed = built_multilingual.build("--model", tiny_multilingual_model)
-    assert status == 0 and embedded(printed) == 0
-    assert built_multilingual.search("bütçe", "semantic")[0] == 0
+def test_a_damaged_or_lost_vocabulary_changes_no_answer_and_is_written_again(
+    built_multilingual, tiny_multilingual_model, damage
+):
+    built = built_multilingual
+    answer = built.search("bütçe", "semantic")
+    damage(the_file(built, "pieces-*.sqlite"), 0.6)
+    assert built.search("bütçe", "semantic") == answer
+    assert built.build("--model", tiny_multilingual_model, "--check")[0] == 1
+    status, printed = built.build("--model", tiny_multilingual_model)
+    assert status == 0 and embedded(printed) == 0 and "vocabulary" in printed.err
+    assert built.build("--model", tiny_multilingual_model, "--check")[0] == 0
+    assert built.search("bütçe", "semantic") == answer
 
 
 # --------------------------------------------------------------------------------------- killed, and two at once

@@ -268,6 +268,17 @@ def test_more_results_leave_the_first_as_they_are(index_of, monkeypatch, mode):
         assert [one["score"] for one in many] == sorted((one["score"] for one in many), reverse=True)
 
 
+def test_passages_that_hold_parts_of_a_name_keep_their_scores_however_many_are_asked_for():
+    texts = [
+        *(f"kayıt 001 ve {place}" for place in range(230)),
+        *(f"uzun sistem kaydı {place} daha" * 3 for place in range(260)),
+    ]
+    index = run_finetuning.write_keywords(":memory:", (((), text) for text in texts))
+    words = query_words(index, "AG-001 sistem")
+    (few, held), (many, held_of_many) = (run_finetuning.keyword_scores(index, words, count) for count in (200, 400))
+    assert held == held_of_many > 0 and few == {place: many[place] for place in few} and any(few.values())
+
+
 def test_the_weights_of_hybrid_search_count_in_proportion():
     assert share(None, None) == config.SEMANTIC_WEIGHT
     assert share(0.7, 0.3) == pytest.approx(0.7) == share(7, 3)
