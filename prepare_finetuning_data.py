@@ -1140,13 +1140,17 @@ def suggest_questions(passages: list[Passage], templates: set[str], max_candidat
 
 
 def mark_suggested(
-    pairs: list[Pair], queries: list[Query], passages: list[Passage], templates: set[str]
+    pairs: list[Pair], queries: list[Query], data_dir: Path, passages: list[Passage], templates: set[str]
 ) -> tuple[list[Pair], list[Query]]:
-    """Return pairs and queries with the strategy "suggested" for questions that are worded as suggest_questions does.
+    """Return pairs and queries with the strategy "suggested" for accepted candidates that are worded as suggested.
 
     Those repeat a heading or a term, and tell of a model no more than made-up queries do.
     """
+    path = data_dir / "question_candidates.tsv"
+    if not path.exists():
+        return pairs, queries
     suggested = {fold(one.question) for one in suggest_questions(passages, templates, len(passages))}
+    suggested &= {fold(unquoted(row.question)) for row in read_tsv(path, Candidate, may_be_empty=True)}
 
     def marked(row):
         is_suggested = row.strategy == "question" and fold(row[0]) in suggested
@@ -1156,13 +1160,17 @@ def mark_suggested(
 
 
 QUESTION = re.compile(r"(?:how|why|what|where|which|who|neden|nasıl|niçin|kim|hangi) (?!.*[….,:;](?:\s|$))", re.I)
-POINTS_BACK = re.compile(r"\b(?:it|they|this|these|bu|bunlar)\b", re.I)  # to what only the page tells
+POINTS_BACK = re.compile(r"\b(?:it|they|this|these|bu|bunlar)\b")  # to what only the page tells
+HOW_IT_WORKS = re.compile(
+    r"How (?!.*\b(?:are|can|could|did|do|does|is|many|may|much|must|should|will|would)\b)(.+ work)(s?)"
+)
 NUMBERING = re.compile(r"^(?:\[.?\]\s*|[\d.]+\s+|(?:\w+ ){1,2}[\d.]+\s*[:–—-]\s+)")  # 3.1 Scope, Task 2: Scope
 TASK = re.compile(r"(?:[A-ZÇĞİÖŞÜ]{2,}-)+\d[\d.]*$|\b(?:[Gg]örev\w*|[Tt]ask) [\w.]*\d[\w.]*$")  # KM-2.1, Görev 9.B
 DESCRIPTION = re.compile(r"aciklama|amac|tanim|definition|description|meaning|purpose")
 VERB = re.compile(  # that is no noun, as "build" and "test" are, at the beginning of a heading
-    r"(?:add|choose|configure|connect|create|define|delete|deploy|disable|enable|find|fix|generate|get|install|"
-    r"integrate|manage|migrate|publish|remove|rename|restore|send|uninstall|use|validate|write|\w{3,}(?:ize|ify)|"
+    r"(?:add|choose|configure|connect|create|customize|define|delete|deploy|disable|enable|find|fix|generate|get|install|"
+    r"initialize|integrate|manage|migrate|modify|optimize|organize|parallelize|publish|remove|rename|restore|send|"
+    r"specify|uninstall|use|validate|verify|write|"
     r"\w+ (?:an?|the|your)) "
 )
 PHRASE = re.compile(r"(?:about|after|all|before|behind|beyond|both|during|inside|not|outside|over|under|with\w*) ")
@@ -1188,7 +1196,7 @@ def question_about(
     for term in defined_terms(passage):
         if definitions[fold(term)] == 1 and len(term.split()) <= 5 and is_name(term):
             return 3.0 - vagueness(term), ask_about(term, spoken)
-    if not 2 <= len(WORD.findall(heading)) <= 9 or "…" in heading or not is_name(heading):
+    if not 2 <= len(WORD.findall(heading)) <= 9 or "…" in heading or not is_name(heading) or QUESTION.match(heading):
         return None
     if template_key(passage.heading[-1]) in templates:
         return None
@@ -1197,9 +1205,10 @@ def question_about(
 
 def as_question(heading: str) -> str:
     """Return a heading that asks, such as "How to build" or "How a build works", in the words of a question."""
-    heading = re.sub(r"^How to (\w)", lambda found: f"How do I {found[1].lower()}", heading)
-    heading = re.sub(r"^How (?!do |does |can )(.+ work)s$", r"How does \1", heading)
-    return re.sub(r"^How (?!do |does |can )(.+ work)$", r"How do \1", heading).rstrip("?") + "?"
+    words = re.sub(r"^How to (\w)", lambda found: f"How do I {found[1].lower()}", heading).rstrip("?")
+    if works := HOW_IT_WORKS.fullmatch(words):
+        words = f"How do{'es' if works[2] else ''} {works[1]}"
+    return words + "?"
 
 
 def ask_about_row(code: str, column: str, spoken: str) -> str:
@@ -1802,7 +1811,7 @@ def main(argv: list[str] | None = None) -> None:
     pairs, dropped = make_pairs(passages, held_out, templates, strategies, max_pairs, options.seed, labelled)
     if not pairs:
         raise UserError("no training pairs: too few documents, or too short; give more --documents or --strategy")
-    pairs, queries = mark_suggested(pairs, queries, passages, templates) if labelled else (pairs, queries)
+    pairs, queries = mark_suggested(pairs, queries, options.data_dir, passages, templates)
     model_folder, note = find_model(config.BASE_MODEL, config.BASE_MODEL_REVISION, fallback=True)
     tokens, window = count_tokens([row.passage for row in corpus], model_folder)
     report = {

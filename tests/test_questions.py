@@ -215,13 +215,17 @@ def test_a_heading_that_is_a_question_is_asked_as_it_is_and_only_numbered_terms_
         "# Guide\n\n## How to roll back a release\n\nPoint the current link at the image before, then restart the one"
         " service that reads it, and tell the others.\n\n## How it works\n\nEvery night at three a job of the server"
         " looks for images that nothing names any more, and removes them.\n\n### How the cache works\n\nA page is kept"
-        " for an hour in the memory of the first server that has been asked for it.\n\n## Options\n\n- **`allow_h2`**:"
-        " whether the second version of the protocol may be spoken with a server that offers it at all.\n"
+        " for an hour in the memory of the first server that has been asked for it.\n\n### Why this is not Redis\n\n"
+        "One more server is one more thing that falls over at night, and the pages fit into memory.\n\n"
+        "### How retries should work\n\nA page that could not be had is asked for again after a second, then not for"
+        " a minute.\n\n## Options\n\n- **`allow_h2`**: whether the second version of the protocol may be spoken with a"
+        " server that offers it at all.\n"
     )
     (prepare.data.parent / "project" / "guide.md").write_text(text, encoding="utf-8")
     assert prepare("--suggest-questions") == 0
     questions = {row.question for row in candidates(prepare.data) if row.source_file == "guide.md"}
-    assert questions == {"How do I roll back a release?", "How does the cache work?", "What is allow_h2?"}
+    works = {"How does the cache work?", "How retries should work?"}
+    assert questions == {"How do I roll back a release?", *works, "What is allow_h2?"}
 
 
 @pytest.mark.parametrize(
@@ -238,6 +242,7 @@ def test_a_heading_that_is_a_question_is_asked_as_it_is_and_only_numbered_terms_
         ("Configure the server", None, "How do I configure the server?"),
         ("Mount a filesystem", None, "How do I mount a filesystem?"),
         ("Parallelize test runs", None, "How do I parallelize test runs?"),
+        ("Fastify options", None, "What are the fastify options?"),
         ("Running the tests", None, "How does running the tests work?"),
         ("Behind a proxy", None, "Behind a proxy?"),
         ("KeePassXC database", None, "What is the KeePassXC database?"),
