@@ -301,6 +301,7 @@ class QueryTokenizer:
         return [self.cut(text) for text in texts]
 
     def cut(self, text: str) -> list[int]:
+        """Return the token IDs of a text; whatever is no part of its words has no bearing on them."""
         words = self.tokens(text, self.always[:1], add_special_tokens=False)  # unknown, each word as a whole
         parts = {
             word[start:end]
@@ -316,6 +317,7 @@ class QueryTokenizer:
         return [numbers.get(token, self.special.get(token.strip(), self.unknown)) for token in tokens]
 
     def tokens(self, text: str, pieces: list[tuple[str, float]], **settings) -> list[str]:
+        """Return the tokens of a text with no other pieces than these."""
         from tokenizers import models
 
         self.tokenizer.model = models.Unigram(pieces, 0)

@@ -1606,8 +1606,7 @@ class Encoder:
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = 1
         try:
-            if not cut:
-                tokenizer, _ = load_tokenizer(folder)
+            tokenizer = None if cut else load_tokenizer(folder)[0]
             self.cut = cut or (lambda texts: [one.ids for one in tokenizer.encode_batch(texts)])
             self.session = onnxruntime.InferenceSession(str(folder / "onnx" / "model.onnx"), settings)
             body = json.loads((folder / "config.json").read_text(encoding="utf-8"))
