@@ -146,6 +146,7 @@ def add_passage(records: dict[str, dict], passage: Passage, order: dict[str, int
 
 # ------------------------------------------------------------------------------------------ the encoder
 
+QUERY_THREADS = 2  # more gain little with so few tokens
 ENCODER_FILES = ("onnx/model.onnx", "onnx/model.onnx_data", "tokenizer.json", "config.json", *WINDOW_FILES)
 
 
@@ -207,7 +208,7 @@ def load_encoder(header: dict, index_dir: Path) -> Encoder:
     cut = QueryTokenizer(pieces_file(index_dir, model)) if pieces_are_whole(index_dir, model) else None
     for place in (folder, previous(folder)):
         with contextlib.suppress(UserError):
-            encoder = Encoder(place, cut)
+            encoder = Encoder(place, cut, min(QUERY_THREADS, os.cpu_count() or 1))
             if encoder_is_whole(place, model):
                 return encoder
     raise UserError(

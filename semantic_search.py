@@ -48,7 +48,6 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -126,14 +125,12 @@ def score_passages(index: Index, query: str, request: Request) -> Scored:
     """Score the best passages of each arm that the mode uses; without a model, hybrid search goes by words alone."""
     count = min(max(CANDIDATES, 2 * request.top_k), len(index.passages))
     embeds = request.mode == "semantic" or (request.mode != "keyword" and can_embed(index, index.header["id"]))
-    with ThreadPoolExecutor(1) as pool:  # the query is embedded while its words are looked up
-        embedding = pool.submit(index.encoder.embed, index.encoder.cut([query])) if embeds else None
-        words = query_words(index.keywords, query)
-        keyword, held = keyword_scores(index.keywords, words, count)
-    if embedding is None:
+    words = query_words(index.keywords, query)
+    keyword, held = keyword_scores(index.keywords, words, count)
+    if not embeds:
         standard = standard_scores(keyword, itertools.islice(keyword, CANDIDATES))
         return Scored(words, {}, keyword, keyword if request.mode == "keyword" else standard, 0.0)
-    vector = embedding.result()
+    vector = index.encoder.encode([query])
     scores, places = index.vectors.search(vector, count)
     order = np.lexsort((places[0], -scores[0]))  # of equal ones FAISS gives the last first
     cosines = {int(places[0][i]): float(scores[0][i]) for i in order if places[0][i] >= 0}
