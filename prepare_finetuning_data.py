@@ -1789,6 +1789,23 @@ def write_candidates(passages: list[Passage], templates: set[str], options: argp
     print("colleague would ask, mend their words, and run: python prepare_finetuning_data.py")
 
 
+def make_data(
+    passages: list[Passage], family: dict[str, str], templates: set[str], options: argparse.Namespace
+) -> tuple[set[str], list[Pair], dict[str, int], list[Query], list[CorpusPassage]]:
+    """Return the held-out documents, training pairs, how much was dropped, held-out queries, and their corpus."""
+    max_queries = config.MAX_EVALUATION_QUERIES
+    held_out = split_documents(passages, family, config.EVALUATION_SHARE, max_queries, options.seed)
+    labelled = find_answers(read_questions(options.data_dir), passages, options.documents_root)
+    queries, corpus = make_queries(passages, held_out, templates, labelled, max_queries, options.seed)
+    strategies = options.strategy or config.PAIR_STRATEGIES
+    max_pairs = config.MAX_PAIRS_PER_SECTION
+    pairs, dropped = make_pairs(passages, held_out, templates, strategies, max_pairs, options.seed, labelled)
+    if not pairs:
+        raise UserError("no training pairs: too few documents, or too short; give more --documents or --strategy")
+    pairs, queries = mark_suggested(pairs, queries, options.data_dir, passages, templates)
+    return held_out, pairs, dropped, queries, corpus
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the script with these arguments, by default the command line's."""
     options = build_parser().parse_args(argv)
@@ -1802,16 +1819,7 @@ def main(argv: list[str] | None = None) -> None:
     templates = find_templates(passages, family, config.TEMPLATE_DOCUMENTS)
     if options.suggest_questions or options.question_endpoint:
         return write_candidates(passages, templates, options)
-    max_queries = config.MAX_EVALUATION_QUERIES
-    held_out = split_documents(passages, family, config.EVALUATION_SHARE, max_queries, options.seed)
-    labelled = find_answers(read_questions(options.data_dir), passages, options.documents_root)
-    queries, corpus = make_queries(passages, held_out, templates, labelled, max_queries, options.seed)
-    strategies = options.strategy or config.PAIR_STRATEGIES
-    max_pairs = config.MAX_PAIRS_PER_SECTION
-    pairs, dropped = make_pairs(passages, held_out, templates, strategies, max_pairs, options.seed, labelled)
-    if not pairs:
-        raise UserError("no training pairs: too few documents, or too short; give more --documents or --strategy")
-    pairs, queries = mark_suggested(pairs, queries, options.data_dir, passages, templates)
+    held_out, pairs, dropped, queries, corpus = make_data(passages, family, templates, options)
     model_folder, note = find_model(config.BASE_MODEL, config.BASE_MODEL_REVISION, fallback=True)
     tokens, window = count_tokens([row.passage for row in corpus], model_folder)
     report = {
