@@ -175,16 +175,27 @@ def mend_tokenizer(model, texts: list[str]) -> list[str]:
 
 
 class HeldOut:
-    """The held-out queries with the passages they are searched in, and the ranks a model gives their answers."""
+    """Queries with the passages they are searched in, and the ranks a model gives their answers.
 
-    def __init__(self, queries: list[Query], passages: list[str]):
+    right: every passage that answers a query, where several do; its positive is one of them.
+    keyed: heading path and text of each passage as the keyword index has them; by default all is text.
+    """
+
+    def __init__(
+        self,
+        queries: list[Query],
+        passages: list[str],
+        right: Sequence[Sequence[str]] = (),
+        keyed: Sequence[tuple[Sequence[str], str]] = (),
+    ):
         self.queries, self.passages = queries, passages
+        self.keyed = keyed or [((), text) for text in passages]
         places = {text: place for place, text in enumerate(passages)}
         if lost := [query for query in queries if query.positive not in places]:
             raise UserError(
                 f"corpus.tsv lacks the answer to {lost[0].query[:60]!r}; run prepare_finetuning_data.py again"
             )
-        self.answers = np.array([places[query.positive] for query in queries], dtype=np.int64)
+        self.answers = [[places[text] for text in own] for own in right or [[query.positive] for query in queries]]
         self.base: np.ndarray | None = None  # the base's similarities and its pieces_per_word, once it has searched
         self.pieces = math.inf
 
@@ -222,15 +233,18 @@ class HeldOut:
         return [self.passages[place] for place in np.argsort(-scores, kind="stable")[:count]]
 
     def ranks(self, scores: np.ndarray) -> np.ndarray:
-        """Return each query's rank of its answer, the last of ties, 0 if not among the first ten. Shape (queries,)."""
-        own = scores[np.arange(len(self.queries)), self.answers]
+        """Return each query's rank of its best answer, the last of ties, 0 if not among the first ten.
+
+        Shape (queries,).
+        """
+        own = np.array([row[places].max() for row, places in zip(scores, self.answers, strict=True)])
         ranks = (scores >= own[:, None]).sum(axis=1)
         return np.where((ranks <= 10) & np.isfinite(own), ranks, 0)
 
     @functools.cached_property
     def words(self) -> list[tuple[list["QueryWord"], dict[int, float], float]]:
         """Each query's words, its keyword scores, and how much of it one passage holds."""
-        index = write_keywords(":memory:", (((), text) for text in self.passages))
+        index = write_keywords(":memory:", self.keyed)
         found = [query_words(index, query.query) for query in self.queries]
         return [(words, *keyword_scores(index, words, CANDIDATES)) for words in found]
 
@@ -413,12 +427,17 @@ def search_figures(judged: HeldOut, tuned: np.ndarray, seed: int) -> tuple[dict,
     if len(judged.queries) < MIN_QUERIES:
         return {}, {}
     weight = fitted_weight(language_share(judged), judged.pieces)
-    before, after = (
-        gains(judged.ranks(judged.hybrid_matrix(own, weight)))["nDCG@10"][DECIDING] for own in (judged.base, tuned)
-    )
-    keyword = float(gains(judged.ranks(judged.keyword_matrix()))["nDCG@10"][DECIDING].mean())
-    return {"semantic_weight": weight}, {
-        "keyword": {"base": keyword, "fine_tuned": keyword},
+    return {"semantic_weight": weight}, figures_by_mode(judged, (judged.base, tuned), weight, DECIDING, seed)
+
+
+def figures_by_mode(
+    searched: HeldOut, similarities: Sequence[np.ndarray], weight: float, part: slice, seed: int
+) -> dict[str, dict]:
+    """Return part of the queries' nDCG@10 by words, and by both with the base's and the tuned model's similarities."""
+    matrices = [searched.keyword_matrix(), *(searched.hybrid_matrix(own, weight) for own in similarities)]
+    keyword, before, after = (gains(searched.ranks(own)[part])["nDCG@10"] for own in matrices)
+    return {
+        "keyword": dict.fromkeys(("base", "fine_tuned"), float(keyword.mean())),
         "hybrid": {
             "base": float(before.mean()),
             "fine_tuned": float(after.mean()),
@@ -1917,40 +1936,46 @@ def evaluate_saved(options: argparse.Namespace) -> dict:
     return judge(judged, judged.similarities(saved), kept_base, options)["comparison"]
 
 
+def read_asked(options: argparse.Namespace) -> tuple[list[str], dict[str, list[Passage]], list[Passage]]:
+    """Return a file's distinct queries, the passages that answer some of them by folded query, and all passages."""
+    asked = read_test_queries(options.questions)
+    paths = find_documents(options.documents_root, options.documents or config.TARGET_DOCUMENTS)
+    passages = read_passages(options.documents_root, paths, config.MAX_PASSAGE_CHARS, config.MAX_DOCUMENT_MB)
+    answers: dict[str, list[Passage]] = defaultdict(list)
+    given = [(place, one) for place, one in asked if one.passage.strip()]
+    for text, passage in find_answers(given, passages, options.documents_root):
+        answers[fold(text)].append(passage)
+    texts = {fold(text): text for text in (" ".join(one.question.split()) for _, one in reversed(asked))}
+    distinct = {passage.model_text: passage for passage in reversed(passages)}
+    return list(texts.values()), answers, list(distinct.values())
+
+
 def evaluate_questions(options: argparse.Namespace) -> dict:
     """Print what the saved model and its base find first for each query of a file; compare them on those with answers.
 
     All passages of the documents are searched.
     """
-    asked = read_test_queries(options.questions)
-    paths = find_documents(options.documents_root, options.documents or config.TARGET_DOCUMENTS)
-    passages = read_passages(options.documents_root, paths, config.MAX_PASSAGE_CHARS, config.MAX_DOCUMENT_MB)
-    distinct = {passage.model_text: passage for passage in reversed(passages)}
-    given = [(place, one) for place, one in asked if one.passage.strip()]
-    answers: dict[str, list[Passage]] = defaultdict(list)
-    for text, passage in find_answers(given, passages, options.documents_root):
-        answers[fold(text)].append(passage)
-    texts = list({fold(text): text for text in (" ".join(one.question.split()) for _, one in reversed(asked))}.values())
+    texts, answers, passages = read_asked(options)
     known = [place for place, text in enumerate(texts) if fold(text) in answers]
     firsts = [(texts[place], answers[fold(texts[place])][0]) for place in known]
     answered = [Query(text, passage.model_text, "question", passage.source_file) for text, passage in firsts]
-    searched = HeldOut(answered, list(distinct))
+    right = [[one.model_text for one in answers[fold(texts[place])]] for place in known]
+    keyed = [(passage.heading, passage.text) for passage in passages]
+    searched = HeldOut(answered, [passage.model_text for passage in passages], right, keyed)
     warn_of_trained(answered, options.data_dir)
     base, saved, kept_base = load_base_and_saved(options)
     vectors = [searched.vectors(model, texts) for model in (base, saved)]
     scores = [queries @ passages.T for queries, passages in vectors]
-    found = list(distinct.values())
     for place, text in enumerate(texts) if not options.quiet else ():
-        right = {passage.model_text for passage in answers.get(fold(text), [])}
-        print_side_by_side(text, [own[place] for own in scores], found, right)
-    places = {text: place for place, text in enumerate(distinct)}
-    ranks = []
-    for own in scores:  # of a query's answers, the one that a model finds first counts
-        right = ([places[one.model_text] for one in answers[fold(texts[place])]] for place in known)
-        nearest = [max(those, key=own[place].__getitem__) for place, those in zip(known, right, strict=True)]
-        searched.answers = np.array(nearest, dtype=np.int64)
-        ranks.append(searched.ranks(own[known]))
-    return compare(answered, *ranks, kept_base, options.seed)
+        marked = {passage.model_text for passage in answers.get(fold(text), [])}
+        print_side_by_side(text, [own[place] for own in scores], passages, marked)
+    scores = [own[known] for own in scores]
+    result = compare(answered, *map(searched.ranks, scores), kept_base, options.seed)
+    if answered:
+        search = read_json(options.model_dir / "evaluation.json").get("search", {})
+        weight = search.get("semantic_weight", DEFAULT_SEMANTIC_WEIGHT)
+        result["nDCG@10_by_mode"] = figures_by_mode(searched, scores, weight, slice(None), options.seed)
+    return result
 
 
 def warn_of_trained(queries: list[Query], data_dir: Path) -> None:

@@ -1,7 +1,12 @@
-"""How fast the search is: cold, warm, and against the same query through SentenceTransformer, FAISS and JSON.
+"""How good the search is, and how fast: cold, warm, and against SentenceTransformer, FAISS and JSON.
 
+    python tests/bench_search.py --questions tests/sample_questions.jsonl --others everyday.jsonl
     python tests/bench_search.py --index-dir embeddings
     python tests/bench_search.py --index-dir embeddings --passages 200000    # a made-up index of that many, too
+
+A question is a line {"query": "…", "gold": [{"file": "plan.md", "contains": "words of the answer"}]}; of the others,
+which the documents do not answer, the query will do. Printed by mode: nDCG@10 of the first right result, how many of
+the questions find something relevant (MIN_RELEVANCE), and how many of the others do not.
 
 Cold: a fresh process for one query, the median of five. Warm: one process, a query a line through a pipe, the median
 of all queries after the first. The times hold for this machine and this moment; the ratios are what to compare.
@@ -9,6 +14,8 @@ of all queries after the first. The times hold for this machine and this moment;
 
 import argparse
 import itertools
+import json
+import math
 import os
 import random
 import statistics
@@ -25,7 +32,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 import config
 from generate_embeddings import Index, commit, load_index
-from prepare_finetuning_data import find_model
+from prepare_finetuning_data import find_model, shingles
 
 MODES = ("keyword", "semantic", "hybrid")
 PLAIN_SEARCH = """
@@ -49,6 +56,47 @@ def seconds(command: list) -> float:
 
 def search_command(index_dir: Path, mode: str) -> list:
     return [sys.executable, REPOSITORY / "semantic_search.py", "--json", "--index-dir", index_dir, "--mode", mode]
+
+
+def read_questions(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def is_answer(result: dict, question: dict) -> bool:
+    """Tell whether a result is right: of the answer's file, and one of the two holds most of the other's words."""
+    files, words = [result["source_file"], *result["also_in"]], shingles(result["text"], 3)
+    wanted = (shingles(gold["contains"], 3) for gold in question["gold"] if gold["file"] in files)
+    return any(len(words & own) >= 0.6 * min(len(words), len(own)) for own in wanted)
+
+
+def answers(index_dir: Path, mode: str, questions: list[dict]) -> list[dict]:
+    """Return what the search prints for each question: its first ten results."""
+    command = [str(part) for part in [*search_command(index_dir, mode), "--top-k", 10]]
+    lines = "".join(" ".join(question["query"].split()) + "\n" for question in questions)
+    done = subprocess.run(command, input=lines, capture_output=True, encoding="utf-8")
+    assert done.returncode in (0, 1), done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def ranks(found: list[dict], questions: list[dict]) -> list[int | None]:
+    """Return the rank of the first right result of each question, None where the first ten are wrong."""
+    right = (
+        (result["rank"] for result in one["results"] if is_answer(result, question))
+        for one, question in zip(found, questions, strict=True)
+    )
+    return [next(own, None) for own in right]
+
+
+def report_found(index_dir: Path, questions: list[dict], others: list[dict]) -> None:
+    """Print how well each mode answers the questions, and tells those that have no answer here."""
+    print(f"{len(questions)} questions, {len(others)} others, {index_dir}")
+    print(f"  {'mode':<10}{'nDCG@10':>9}{'relevant':>10}{'others not':>12}")
+    for mode in (*MODES, "task"):
+        own, foreign = (answers(index_dir, mode, rows) for rows in (questions, others))
+        gain = sum(1 / math.log2(rank + 1) for rank in ranks(own, questions) if rank) / len(questions)
+        relevant = sum(one["relevant"] for one in own) / len(questions)
+        refused = f"{sum(not one['relevant'] for one in foreign) / len(others):.0%}" if others else "–"
+        print(f"  {mode:<10}{gain:>9.3f}{relevant:>10.0%}{refused:>12}")
 
 
 def cold(index_dir: Path, query: str) -> dict[str, float]:
@@ -123,8 +171,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--index-dir", type=Path, default=config.INDEX_DIR)
     parser.add_argument("--passages", type=int, default=0, metavar="N", help="measure a made-up index of N, too")
+    parser.add_argument("--questions", type=Path, metavar="FILE", help="measure what these find instead of the time")
+    parser.add_argument("--others", type=Path, metavar="FILE", help="questions that have no answer here")
     parser.add_argument("--queries", type=int, default=200, metavar="N", help="sent through the pipe")
     options = parser.parse_args()
+    if options.questions:
+        others = read_questions(options.others) if options.others else []
+        return report_found(options.index_dir, read_questions(options.questions), others)
     index = load_index(options.index_dir)
     texts = [" ".join(passage["text"].split()[:8]) for passage in index.passages]
     queries = random.Random(1).sample(texts, min(options.queries, len(texts)))

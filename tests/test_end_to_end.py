@@ -8,21 +8,21 @@ import sys
 from pathlib import Path
 
 import pytest
+from bench_search import answers, ranks, read_questions
 
 import config
 
 ROOT = Path(__file__).parent.parent
-QUESTIONS = [json.loads(line) for line in (ROOT / "tests" / "sample_questions.jsonl").open(encoding="utf-8")]
+QUESTIONS = read_questions(ROOT / "tests" / "sample_questions.jsonl")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # real training and embedding
 SHORT = ("--max-steps", "8")
 ALT_LAS = ROOT.parent / "shared" / "documents" / "alt_las"
 
 
-def run(script: str, *arguments: str | Path, lines: str = "", **environment: str) -> subprocess.CompletedProcess:
+def run(script: str, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, script, *map(str, arguments)],
         cwd=ROOT,
-        input=lines,
         capture_output=True,
         encoding="utf-8",
         env=os.environ | environment,
@@ -46,28 +46,10 @@ def chain(tmp_path_factory) -> Path:
     return folder
 
 
-def words(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.lower()))
-
-
-def answered(result: dict, question: dict) -> bool:
-    files = [result["source_file"], *result["also_in"]]
-    return any(gold["file"] in files and words(gold["contains"]) in words(result["text"]) for gold in question["gold"])
-
-
 def share_answered(index: Path, mode: str) -> float:
-    finished = run(
-        "semantic_search.py", "--mode", mode, "--json", "--top-k", "10", "--index-dir", index,
-        lines="".join(question["query"] + "\n" for question in QUESTIONS),
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    answers = [json.loads(line) for line in finished.stdout.splitlines()]
-    assert [answer["query"] for answer in answers] == [question["query"] for question in QUESTIONS]
-    found = [
-        any(answered(result, question) for result in answer["results"])
-        for answer, question in zip(answers, QUESTIONS, strict=True)
-    ]
-    return sum(found) / len(found)
+    found = answers(index, mode, QUESTIONS)
+    assert [answer["query"] for answer in found] == [question["query"] for question in QUESTIONS]
+    return sum(rank is not None for rank in ranks(found, QUESTIONS)) / len(QUESTIONS)
 
 
 def test_the_verdict_is_the_last_line_and_is_in_evaluation_json(chain):

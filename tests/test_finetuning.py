@@ -23,17 +23,20 @@ from sentence_transformers.base.modules import Dense
 import config
 import run_finetuning
 from config import UserError
+from generate_embeddings import load_index
 from prepare_finetuning_data import (
     CorpusPassage,
     Pair,
     Query,
     load_tokenizer,
     packaged_model,
+    plain_text,
     read_corpus,
     read_queries,
     write_tsv,
 )
 from run_finetuning import Encoder, HeldOut, compare, confidence_interval, gains, load_model, model_fingerprint
+from semantic_search import Request, search
 
 VERDICT = re.compile(
     r"VERDICT (improved|unchanged|kept-base|worse|unknown) nDCG@10 ([\d.]+) -> ([\d.]+)"
@@ -419,6 +422,30 @@ def test_own_queries_with_several_answers_count_by_the_one_found_first(chain, in
         assert ask_models(chain, installed, tmp_path / "queries.tsv", lines) == 0
         out = capsys.readouterr().out
         assert VERDICT.fullmatch(out.splitlines()[-1])[2] == "1.000" and "1 queries" in out.splitlines()[-1]
+
+
+def test_own_queries_are_compared_by_words_and_by_both_as_the_search_finds_their_answers(chain, tmp_path, capsys):
+    asked = {
+        "gece yarısından sonra parlaklık": "Gece yarısından sonra parlaklık yüzde kırka iner.",
+        "how is a failed release rolled back?": "A failed release is rolled back by pointing",
+        "eski ölçümler ne olur": "Sunucu gelen ölçümleri zaman damgasıyla saklar.",
+        "errors and what they are like": "Errors are JSON objects with the fields",
+        "the parts that are spare": "Sekiz yüz algılayıcı tek ihalede alınır.",
+    }
+    lines = "".join(f"{query}\t{answer}\n" for query, answer in asked.items())
+    assert ask_models(chain, chain.model, tmp_path / "queries.tsv", lines) == 0
+    out = capsys.readouterr().out
+    index = load_index(chain.index)
+    for mode in ("keyword", "hybrid"):
+        found = [search(index, query, Request(mode, 10))["results"] for query in asked]
+        right = [
+            next((one["rank"] for one in results if plain_text(one["text"]).startswith(answer)), 0)
+            for results, answer in zip(found, asked.values(), strict=True)
+        ]
+        wanted = gains(np.array(right))["nDCG@10"].mean()
+        printed = re.search(rf"^nDCG@10 \({mode}\) +(0\.\d+) +(0\.\d+)$", out, re.M)
+        assert float(printed[2]) == pytest.approx(wanted, abs=6e-4), mode
+        assert 0 < wanted < 1
 
 
 def test_documents_shown_beside_queries_do_not_steer_the_terminal(chain, installed, tmp_path, capsys):
@@ -858,7 +885,7 @@ def test_a_part_of_the_held_out_queries_keeps_their_answers_among_as_many_passag
     assert len(deciding) == 5 and len(choosing) == 4 and not set(deciding) & set(choosing)
     for part, size in ((HeldOut(queries, corpus).part(choosing, 20, 1), 20), (HeldOut(queries, corpus), 59)):
         assert len(part.passages) == size
-        assert [part.passages[place] for place in part.answers] == [query.positive for query in part.queries]
+        assert [part.passages[place] for (place,) in part.answers] == [query.positive for query in part.queries]
 
 
 def judged_models(monkeypatch, chain, tmp_path, before: float, after: float, looks: int = 2) -> Path:
@@ -875,7 +902,7 @@ def judged_models(monkeypatch, chain, tmp_path, before: float, after: float, loo
     def similarities(held_out, model):
         scores = np.random.default_rng(1).random((len(held_out.queries), len(held_out.passages))).astype(np.float32)
         found = np.random.default_rng(2).random(len(held_out.queries)) < next(chances)
-        scores[np.arange(len(found)), held_out.answers] = np.where(found, 2.0, -1.0)
+        scores[np.arange(len(found)), np.ravel(held_out.answers)] = np.where(found, 2.0, -1.0)
         return scores
 
     monkeypatch.setattr(HeldOut, "similarities", similarities)
