@@ -43,6 +43,7 @@ import shlex
 import shutil
 import sqlite3
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -296,6 +297,7 @@ class QueryTokenizer:
         self.tokenizer, rules = Tokenizer.from_str(rules), json.loads(rules)
         self.always = [tuple(piece) for piece in rules["model"]["vocab"]]
         self.special = {token["content"]: token["id"] for token in rules["added_tokens"]}
+        self.lock = threading.Lock()  # the tokenizer gets other pieces for each text
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """Return the token IDs of each text, as many as the model reads."""
@@ -321,8 +323,9 @@ class QueryTokenizer:
         """Return the tokens of a text with no other pieces than these."""
         from tokenizers import models
 
-        self.tokenizer.model = models.Unigram(pieces, 0)
-        return self.tokenizer.encode(text, **settings).tokens
+        with self.lock:
+            self.tokenizer.model = models.Unigram(pieces, 0)
+            return self.tokenizer.encode(text, **settings).tokens
 
 
 # ------------------------------------------------------------------------------- many processes (torchrun)
@@ -737,8 +740,8 @@ def checked_file(index_dir: Path, header: dict, kind: str) -> Path:
 
 
 def open_to_read(path: Path) -> sqlite3.Connection:
-    """Open a database that nothing changes."""
-    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
+    """Open a database that nothing changes, for whatever thread."""
+    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False)
 
 
 class Index:

@@ -223,6 +223,12 @@ def table_cells(line: str) -> list[str]:
     return [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", row)]
 
 
+def shortened(text: str, max_chars: int) -> str:
+    """Return a text, or its first words and "…" where it is longer; one without spaces is cut anywhere."""
+    short = textwrap.shorten(text, max_chars, placeholder="…")
+    return short if short != "…" else text[: max_chars - 1] + "…"
+
+
 def sentences(text: str) -> list[str]:
     """Cut text after sentence ends; joined with a space the pieces give the text again."""
     pieces, start = [], 0
@@ -387,7 +393,7 @@ def cut_node(node, lines: list[str], heading: tuple[str, ...], max_chars: int) -
         for child in node.children:
             yield from cut_node(child, lines, heading, max_chars)
     elif node.type == "list_item":
-        lead = textwrap.shorten(plain_text(lines[start]), 80, placeholder="…")
+        lead = shortened(plain_text(lines[start]), 80)
         for position, child in enumerate(node.children):
             yield from cut_node(child, lines, (*heading, lead) if position and lead else heading, max_chars)
     elif node.type == "table":

@@ -33,7 +33,6 @@ import re
 import shutil
 import sqlite3
 import sys
-import textwrap
 import time
 import warnings
 from collections import Counter, defaultdict
@@ -84,6 +83,7 @@ from prepare_finetuning_data import (
     render,
     sha256_of,
     shingles,
+    shortened,
     template_key,
     warn,
 )
@@ -413,7 +413,7 @@ def print_details(result: dict) -> None:
     for words, rows in (("gained", result["most_gained"][:3]), ("lost", result["most_lost"][:3])):
         for row in rows:
             ranks = " -> ".join(str(row[name] or "beyond 10") for name in ("base_rank", "fine_tuned_rank"))
-            print(f"  {words} most: {textwrap.shorten(row['query'], 80, placeholder='…')!r} rank {ranks}")
+            print(f"  {words} most: {shortened(row['query'], 80)!r} rank {ranks}")
     if result["verdict"] in ("unknown", "unchanged") and result["queries_needed"]:
         needed = f"about {result['queries_needed']:,} would: add documents or questions"
         print(f"{result['queries']} queries can not tell the models apart; {needed}")
@@ -693,7 +693,10 @@ class QueryWord(NamedTuple):
 
 
 def query_words(index: Keywords, query: str) -> list[QueryWord]:
-    """Return the first MAX_QUERY_WORDS distinct words of a query without its function words, if it has others."""
+    """Return the distinct words of a query, less its function words if it has others.
+
+    From MAX_QUERY_WORDS on, names and the words they are made of counted, no more are looked up.
+    """
     words: dict[str, tuple[str, str, int, bool]] = {}
     function_words: set[str] = set()
     for as_typed, name, parts in words_and_names(query):
@@ -803,9 +806,9 @@ def combined_scores(
 ) -> dict[int, float]:
     """Return the weighted sum of both standard scores for each passage of meaning, which holds all of words.
 
-    The mean and deviation of the similarities are those over the whole index, so that a query which nothing is near
-    to leaves the order to its words; a passage that holds none of the words has the keyword score 0. Both arms are
-    given best first: those of the keyword scores are those of each arm's first CANDIDATES, which others do not come
+    The mean and deviation of the similarities are those over all passages, or a sample, so that a query which nothing
+    is near to leaves the order to its words; a passage that holds none of the words has the keyword score 0. Both arms
+    are given best first: those of the keyword scores are those of each arm's first CANDIDATES, which others do not come
     before, so that the order is the same however many results are asked for.
     """
     first_words = dict(itertools.islice(words.items(), CANDIDATES))
@@ -850,8 +853,8 @@ def relevance(
     A name that is held counts as the words it is made of, up to four. Of a query of more words than any of those had,
     more are held by chance: beyond twelve, a word held counts for less.
 
-    nearness: the query's cosine with the passage, less its mean cosine with all: vectors that lie all in one direction,
-    as a language's do that the model does not know, tell nothing.
+    nearness: the query's cosine with the passage, less its mean cosine with passages in general: vectors that lie all
+    in one direction, as a language's do that the model does not know, tell nothing.
     passages: the number that the index has; in more of them, more is found by chance.
     known: whether the nearness is that of a model whose base knows the documents' language, which tells twice as much.
     A query without words has 0.
@@ -2007,7 +2010,7 @@ def print_side_by_side(query: str, scores: list[np.ndarray], passages: list[Pass
             passage = passages[place]
             mark = "✓ " if passage.model_text in answers else ""
             where = printable(f"{passage.source_file}:{passage.start_line}")
-            text = printable(textwrap.shorten(plain_text(passage.text), 150, placeholder=" …"))
+            text = printable(shortened(plain_text(passage.text), 150))
             cells.append(Text(f"{own[place]}. (other: {other[place]}.) {mark}{where}\n{text}"))
         table.add_row(*cells)
     console.print(Text(printable(query), style="bold"), table, "")

@@ -14,13 +14,13 @@
     python semantic_search.py                            # a prompt; :help tells its commands, Ctrl-D ends it
     python semantic_search.py --json < queries.txt       # one query a line, one JSON object a line
 
-One JSON object: {"query", "mode", "relevant": is the best relevance at least --min-relevance, "results": [{"rank",
-"score", "relevance", "id", "source_file", "also_in": [files with the same text], "near_copies": ["file:line"],
-"heading", "chunk_index", "start_line", "end_line", "text"}]}; --context and --explain add "context" and "explain" to a
-result. --mode task adds "needs": [{"text", "covered_by": [{"source_file", "start_line", "relevance"}]}], "documents":
-[{"source_file", "needs", "results": [ranks]}], "entry" (the task's own passage, or null), and to each result "needs",
-the places of those needs that it covers. --compare adds "other": {"index_dir", "relevant", "results"} and to each
-result "other_rank".
+One JSON object: {"query", "mode", "relevant": does one of the first five results come to --min-relevance, or what
+covers a need of a task, "results": [{"rank", "score", "relevance", "id", "source_file", "also_in": [files with the same
+text], "near_copies": ["file:line"], "heading", "chunk_index", "start_line", "end_line", "text"}]}; --context and
+--explain add "context" and "explain" to a result. --mode task adds "needs": [{"text", "covered_by": [{"source_file",
+"start_line", "relevance"}]}], "documents": [{"source_file", "needs", "results": [ranks]}], "entry" (the task's own
+passage, or null), and to each result "needs", the places of those needs that it covers. --compare adds "other":
+{"index_dir", "relevant", "results"} and to each result "other_rank".
 
 From Python, each returns the list of results, best first:
 
@@ -46,7 +46,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -97,7 +96,7 @@ class Request(NamedTuple):
 class Scored(NamedTuple):
     """The scores of one query, by place in index.passages; ranking is what the results are ordered by.
 
-    mean, deviation: of the query's cosines over the whole index. Without a model there are no cosines.
+    mean, deviation: of the query's cosines with Index.sample_vectors. Without a model there are no cosines.
     """
 
     words: list[QueryWord]
@@ -193,7 +192,7 @@ def search(index: Index, query: str, request: Request) -> dict:
     if len(query) > MAX_QUERY_CHARS:
         warn(f"only the first {MAX_QUERY_CHARS:,} of the query's {len(query):,} characters are searched")
     searched = query[:MAX_QUERY_CHARS]
-    if request.mode != "task" and len({word for word, *_ in words_and_names(searched)}) > MAX_QUERY_WORDS:
+    if request.mode in ("keyword", "hybrid") and count_words(searched) > MAX_QUERY_WORDS:
         warn(f"only the first {MAX_QUERY_WORDS} words of the query are looked up; --mode task searches whole texts")
     while True:
         try:
@@ -202,13 +201,28 @@ def search(index: Index, query: str, request: Request) -> dict:
             index.reopen()
 
 
+def count_words(query: str) -> int:
+    """Return how many distinct words and names query_words has to look up."""
+    return len({one for _, name, words in words_and_names(query) for one in (name, *words) if one})
+
+
 def find(index: Index, query: str, request: Request) -> dict:
     """Return what search adds to the query and the mode."""
+    judged = request._replace(top_k=max(request.top_k, JUDGED))
     if request.mode == "task":
-        return assist(index, query, request)
-    scored = score_passages(index, query, request)
-    judged = make_results(index, scored.ranking, [scored], request._replace(top_k=max(request.top_k, JUDGED)))
-    return {"relevant": is_relevant(judged, request), "results": judged[: request.top_k]}
+        answer = assist(index, query, judged)
+    else:
+        scored = score_passages(index, query, request)
+        results = make_results(index, scored.ranking, [scored], judged)
+        answer = {"relevant": is_relevant(results, request), "results": results}
+    return first_results(answer, request.top_k)
+
+
+def first_results(answer: dict, count: int) -> dict:
+    """Return an answer with its first results alone, and a task's documents as these have them."""
+    results = answer["results"][:count]
+    documents = {"documents": by_document(results)} if "needs" in answer else {}
+    return answer | {"results": results} | documents
 
 
 def is_relevant(results: list[dict], request: Request) -> bool:
@@ -338,7 +352,6 @@ def assist(index: Index, task: str, request: Request) -> dict:
         "relevant": is_relevant(results, request) or any(covered),
         "entry": entry,
         "needs": [{"text": need, "covered_by": places} for need, places in zip(needs, covered, strict=True)],
-        "documents": by_document(results),
         "results": results,
     }
 
@@ -361,7 +374,8 @@ def without(ranking: dict[int, float], places: set[int]) -> dict[int, float]:
 def split_needs(task: str) -> list[str]:
     """Cut a task description at its lines, sentence ends and semicolons.
 
-    Pieces of one or two words are joined to the one before, but for items of a list without a colon ("- CORS").
+    Pieces of one or two words between spaces are joined to the one before, but for items of a list without a colon
+    ("- CORS").
     """
     pieces: list[str] = []
     for part in split_lines(task):
@@ -370,7 +384,8 @@ def split_needs(task: str) -> list[str]:
         start = True
         for piece in [text] if text and is_row(part) else itertools.chain.from_iterable(clauses):
             is_item = start and bool(LIST_MARK.match(part.lstrip("\n"))) and ":" not in piece
-            if pieces and len(piece.split()) < 3 and not (is_item and not pieces[-1].endswith(":")):
+            is_short = len(piece.split()) < 3 and not IS_UNSPACED.search(piece)
+            if pieces and is_short and not (is_item and not pieces[-1].endswith(":")):
                 pieces[-1] += " " + piece
             else:
                 pieces.append(piece)
@@ -613,9 +628,10 @@ def excerpt(text: str, words: list[QueryWord], room: int) -> str:
         return text
     room = room * len(text) // cell_len(text)  # in characters; wide ones take two columns
     spans = matches(words, text)
-    starts = [0]
-    for sentence in sentences(text)[:-1]:
-        starts.append(text.index(sentence, starts[-1]) + len(sentence) + 1)
+    starts, end = [], 0
+    for sentence in sentences(text):
+        starts.append(text.index(sentence, end))
+        end = starts[-1] + len(sentence)
     start = max(starts, key=lambda one: (sum(one <= begin and end <= one + room - 4 for begin, end in spans), -one))
     shown = "… " * (start > 0) + text[start:]
     if len(shown) <= room:
@@ -703,9 +719,9 @@ def print_needs(console, index: Index, answer: dict) -> None:
     if answer["entry"]:
         entry = answer["entry"]
         place = location(index, entry["source_file"], entry["start_line"])
-        console.print(f"{answer['query']} is described in {place}", soft_wrap=True)
+        console.print(f"{printable(answer['query'])} is described in {place}", soft_wrap=True)
     for number, need in enumerate(answer["needs"], 1):
-        console.print(f"{number}. {printable(textwrap.shorten(need['text'], 2 * console.width, placeholder=' …'))}")
+        console.print(f"{number}. {excerpt(need['text'], [], 2 * console.width)}")
         places = [location(index, source["source_file"], source["start_line"]) for source in need["covered_by"][:3]]
         for place in places or ["nothing here covers it"]:
             console.print(" " * INDENT + place, style="cyan" if places else "yellow", soft_wrap=True)
@@ -716,15 +732,13 @@ def print_needs(console, index: Index, answer: dict) -> None:
 
 
 def compare(index: Index, other: Index, query: str, request: Request) -> dict:
-    """Return the answer of one index with the other's, each result with its rank in the other's first 50 or None."""
+    """Return the answer of one index with the other's; each result has its rank in the other's, searched deeper."""
     deeper = request._replace(top_k=max(request.top_k, SEARCHED_DEEPER))
     answer, second = (search(one, query, deeper) for one in (index, other))
     lists = answer["results"], second["results"]
     for one, others in ((answer, lists[1]), (second, lists[0])):
         one["results"] = with_other_ranks(one["results"][: request.top_k], others)
-    if "documents" in answer:
-        answer["documents"] = by_document(answer["results"])
-    return answer | {
+    return first_results(answer, request.top_k) | {
         "other": {"index_dir": str(other.folder), "relevant": second["relevant"], "results": second["results"]}
     }
 
@@ -861,6 +875,9 @@ def prompt(index: Index, request: Request, options: argparse.Namespace, errors: 
         except KeyboardInterrupt:  # of a line half typed; Ctrl-D ends the prompt
             print(file=sys.stderr)
             continue
+        except UnicodeDecodeError:  # typed in another encoding than the terminal's
+            print("error: the line is not UTF-8; type it again", file=errors or sys.stderr)
+            continue
         if not line:
             return found
         try:
@@ -871,7 +888,7 @@ def prompt(index: Index, request: Request, options: argparse.Namespace, errors: 
                 found = found or answer["relevant"]
                 results = answer["results"] if answer["relevant"] else []  # those that are on the screen
         except UserError as error:
-            print(f"error: {error}", file=errors or sys.stderr)
+            print(f"error: {printable(str(error))}", file=errors or sys.stderr)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
 
@@ -969,10 +986,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script with these arguments, by default the command line's; return the exit status."""
     options, unknown = build_parser().parse_known_args(argv)
     if unknown:
-        command = shlex.join(["python", "semantic_search.py", "--", *options.query, *unknown])
-        raise UserError(f"{unknown[0]} is no option; to search for it, put -- before the query: {command}")
+        argv = sys.argv[1:] if argv is None else argv
+        searched = [word for word in argv if word in (*options.query, *unknown)]
+        words = ["python", "semantic_search.py", *(word for word in argv if word not in searched), "--", *searched]
+        raise UserError(f"{unknown[0]} is no option; to search for it, put -- before the query: {shlex.join(words)}")
     errors = sys.stderr
     config.set_verbosity(options)
+    if options.mode not in MODES:  # argparse looks at options only, not at config.SEARCH_MODE
+        raise UserError(f"config.SEARCH_MODE is {options.mode!r}; set it to {', '.join(MODES[:-1])} or {MODES[-1]}")
     if options.top_k < 1:
         raise UserError(f"--top-k {options.top_k} is too low; the least is 1")
     if not 0 <= options.min_relevance <= 1:

@@ -1,5 +1,6 @@
 """Searching: the answers, the command line, the prompt, and the functions that people import."""
 
+import argparse
 import ast
 import contextlib
 import json
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -512,6 +514,40 @@ def test_an_excerpt_from_the_end_of_a_text_keeps_its_last_word(index_of):
     assert semantic_search.excerpt(text, words, 60) == "… Bir iki üç dört. Bir iki üç dört. Zürafalar uzundur."
 
 
+def test_an_excerpt_begins_at_a_sentence_of_a_script_that_sets_no_spaces_between_them(index_of):
+    index = index_of({"a.md": "# A\n\n漏水を検出します。\n"})
+    words = semantic_search.query_words(index.keywords, "漏水")
+    text = "設定画面を開きます。" * 30 + "漏水を検出します。"
+    assert re.match("… 設定画面を開きます。.*漏水を検出", semantic_search.excerpt(text, words, 60))
+    assert semantic_search.excerpt("保存を押します" * 30 + "。漏水を検出します。", words, 60) == "… 漏水を検出します。"
+
+
+def test_a_need_without_spaces_is_shown_by_its_beginning(index_of, capsys):
+    index = index_of({"a.md": "# A\n\n漏水を検出します。\n"})
+    task = "漏水を検出する箱の電池を交換し記録を保存します" * 12 + "。保存を押します。"
+    exit_status(semantic_search.main, ["--mode", "task", "--min-relevance", "0", "--index-dir", index.folder, task])
+    out = capsys.readouterr().out
+    assert re.search(r"^1. \s*漏水を検出する箱の電池を交換し", out, re.M) and "\n2. 保存を押します。\n" in out
+
+
+def test_the_functions_for_importers_answer_in_every_thread(chain, monkeypatch):
+    monkeypatch.setattr(config, "INDEX_DIR", chain.index)
+    monkeypatch.setattr(config, "MIN_RELEVANCE", 0.0)
+    semantic_search.default_index.cache_clear()
+    queries = ["yedek parça", "backups", "gece parlaklık", "errors"] * 4
+    for function in (semantic_search.hybrid_search, semantic_search.get_contextual_assistance_for_task):
+        alone = [function(query) for query in queries]
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(function, queries)) == alone
+    semantic_search.default_index.cache_clear()
+
+
+def test_a_mode_that_config_misspells_is_refused(chain, monkeypatch, capsys):
+    monkeypatch.setattr(config, "SEARCH_MODE", "Hybrid")
+    assert exit_status(semantic_search.main, ["--index-dir", chain.index, "yedek"]) == 2
+    assert "config.SEARCH_MODE is 'Hybrid'" in error_line(capsys.readouterr().err)
+
+
 def test_a_task_with_more_needs_than_are_searched_says_so(chain, capsys):
     task = " ".join(f"Bütçe için {number}. belge hazırlanır." for number in range(semantic_search.MAX_NEEDS + 1))
     assert exit_status(semantic_search.main, ["--mode", "task", "--json", "--index-dir", chain.index, task]) in (0, 1)
@@ -621,7 +657,7 @@ def test_a_long_text_about_something_else_is_not_relevant_by_the_words_it_holds_
     assert of_sixty < 0.5 < of_twelve
 
 
-@pytest.mark.parametrize("mode", ["keyword", "hybrid", "semantic"])
+@pytest.mark.parametrize("mode", ["keyword", "hybrid", "semantic", "task"])
 def test_whether_something_relevant_was_found_does_not_depend_on_how_many_results_are_shown(meant, capsys, mode):
     for query in ("görev takibi", "yumurta nasıl haşlanır", "kim gözden geçirir", "release"):
         found = set()
@@ -630,6 +666,25 @@ def test_whether_something_relevant_was_found_does_not_depend_on_how_many_result
             found.add(exit_status(semantic_search.main, arguments))
             assert len(json.loads(capsys.readouterr().out)["results"]) <= top_k
         assert len(found) == 1, query
+
+
+def test_a_task_is_judged_by_its_first_five_results_however_many_are_shown(chain, monkeypatch):
+    index, task = (
+        generate_embeddings.load_index(chain.index),
+        "Pil ömrünü ölç. Yedek parça al. Bütçeyi yaz. Testi çalıştır.",
+    )
+    fourth = search(index, task, Request("task", 5))["results"][3]["id"]
+    monkeypatch.setattr(semantic_search, "covered_by", lambda *_: [])
+
+    def only_the_fourth(index, searches, place):
+        return [0.9 if index.passages[place]["id"] == fourth else 0.1 for _ in searches]
+
+    monkeypatch.setattr(semantic_search, "relevances", only_the_fourth)
+    for top_k in (1, 3, 5, 20):
+        answer = search(index, task, Request("task", top_k, min_relevance=0.5))
+        assert answer["relevant"] and len(answer["results"]) <= top_k, top_k
+        shown = [result["rank"] for result in answer["results"]]
+        assert sorted(rank for document in answer["documents"] for rank in document["results"]) == shown
 
 
 def test_words_count_by_how_much_of_the_query_one_passage_holds(index_of):
@@ -795,7 +850,7 @@ def test_the_row_or_item_that_an_id_begins_is_its_entry_before_what_mentions_it(
 def test_a_query_that_begins_with_a_dash_gets_a_line_that_tells_how_to_search_for_it(chain, capsys):
     assert exit_status(semantic_search.main, ["--index-dir", chain.index, "--no-cache"]) == 2
     line = error_line(capsys.readouterr().err)
-    assert line.endswith("python semantic_search.py -- --no-cache")
+    assert line.endswith(f"python semantic_search.py --index-dir {chain.index} -- --no-cache")
     assert exit_status(semantic_search.main, ["--index-dir", chain.index, "--mode", "keyword", "--", "--bütçe"]) == 0
 
 
@@ -1137,6 +1192,22 @@ def test_a_document_named_like_a_command_of_an_editor_is_opened_as_a_file(index_
     assert "is gone; run python generate_embeddings.py" in " ".join(seen.split())
 
 
+def test_a_line_at_the_prompt_that_is_not_utf_8_is_told_and_the_prompt_goes_on(chain, monkeypatch, capsys):
+    lines = iter([UnicodeDecodeError("utf-8", b"\xfc", 0, 1, "invalid"), "bütçe", ""])
+
+    def read(prompt):
+        line = next(lines)
+        if isinstance(line, Exception):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    options = argparse.Namespace(query=[], compare=None, json=False)
+    index = generate_embeddings.load_index(chain.index)
+    assert semantic_search.prompt(index, Request("keyword", 5), options)
+    assert "not UTF-8" in capsys.readouterr().err
+
+
 def test_a_quiet_prompt_still_tells_what_was_wrong(chain):
     seen = at_the_prompt(chain, [":mode magic", "bütçe"], options=("-q",))
     assert seen.count("error: ") == 1 and "is no command" in seen and "Planlama/butce.md" in seen
@@ -1201,8 +1272,19 @@ def test_a_long_query_is_told_how_much_of_it_is_looked_up(chain, capsys):
     arguments = ["--index-dir", chain.index, query]
     exit_status(semantic_search.main, ["--mode", "keyword", *arguments])
     assert "only the first 64 words" in capsys.readouterr().err
-    exit_status(semantic_search.main, ["--mode", "task", *arguments])
-    assert "only the first 64 words" not in capsys.readouterr().err
+    for mode in ("task", "semantic"):
+        exit_status(semantic_search.main, ["--mode", mode, *arguments])
+        assert "only the first 64 words" not in capsys.readouterr().err
+    names = " ".join(f"AB-{number}.2-x" for number in range(40))
+    exit_status(semantic_search.main, ["--mode", "keyword", "--index-dir", chain.index, names])
+    assert "only the first 64 words" in capsys.readouterr().err
+
+
+def test_a_task_id_with_signs_that_steer_the_terminal_is_printed_without_them(chain, capsys):
+    arguments = ["--mode", "task", "--min-relevance", "0", "--index-dir", chain.index, "\u202eKM-2.1\x1b"]
+    exit_status(semantic_search.main, arguments)
+    out = capsys.readouterr().out
+    assert "KM-2.1" in out and "is described in" in out and "\x1b" not in out and "\u202e" not in out
 
 
 def test_answers_to_piped_queries_stand_below_their_query(chain):
@@ -1348,7 +1430,7 @@ def test_an_empty_line_among_queries_has_the_keys_of_every_answer(chain, more):
     assert first.keys() == second.keys()
 
 
-def test_a_name_of_a_file_does_not_steer_the_terminal(tmp_path, chain, capsys):
+def test_a_name_of_a_file_does_not_steer_the_terminal(tmp_path, chain, monkeypatch, capsys):
     text = "# A\n\nKırmızı kapaklar her bahar yeniden boyanır.\n"
     root = write_documents(tmp_path / "project", {"a\033[31m\nb.md": text, "b\033[0m.md": text})
     index = tmp_path / "index"
@@ -1359,3 +1441,11 @@ def test_a_name_of_a_file_does_not_steer_the_terminal(tmp_path, chain, capsys):
     assert exit_status(semantic_search.main, ["--mode", "keyword", "--index-dir", index, "kapaklar"]) == 0
     printed = capsys.readouterr()
     assert "a [31m b.md" in printed.out and "\033" not in printed.out + printed.err
+    lines = iter(["kapaklar", ":open 1", ""])
+    (root / "a\033[31m\nb.md").unlink()
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setenv("EDITOR", "true")
+    options = argparse.Namespace(query=[], compare=None, json=False)
+    assert semantic_search.prompt(generate_embeddings.load_index(index), Request("keyword", 5), options)
+    printed = capsys.readouterr()
+    assert "b.md is gone" in printed.err and "\033" not in printed.out + printed.err
