@@ -1016,7 +1016,7 @@ def main(argv: list[str] | None = None) -> int:
         paths = find_documents(options.documents_root, globs)
         if not options.check:
             restore_previous(Path(options.model))
-        source, _ = find_model(options.model, config.BASE_MODEL_REVISION, fallback=False)
+        source, _ = find_model(options.model, fallback=False)
         wanted = {
             "globs": wanted_globs(globs),
             "max_passage_chars": config.MAX_PASSAGE_CHARS,

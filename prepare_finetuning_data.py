@@ -1427,11 +1427,12 @@ PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d
 HUB_PATTERNS = ["*.json", "*.txt", "*.md", "*.model", "*.safetensors"]  # never pickle
 
 
-def find_model(name: str, revision: str | None, fallback: bool) -> tuple[Path, str | None]:
+def find_model(name: str, fallback: bool) -> tuple[Path, str | None]:
     """Return the folder of a model, and a line to tell the person where another one had to be taken.
 
-    name: "packaged", a folder, or a name on the hub, which is looked for in the local cache first. With fallback the
-    packaged model stands in where the hub does not answer within 5 seconds.
+    name: "packaged", a folder, or a name on the hub, which is looked for in the local cache first; of the configured
+    base, config.BASE_MODEL_REVISION. With fallback the packaged model stands in where the hub does not answer within 5
+    seconds.
 
     Raises:
         UserError: there is no such model, or its folder is not complete or not safe to load.
@@ -1444,17 +1445,27 @@ def find_model(name: str, revision: str | None, fallback: bool) -> tuple[Path, s
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise UserError(f"no model at {name}; give a folder, a name on the hub such as {PACKAGED_MODEL}, or 'packaged'")
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
-    with contextlib.suppress(LocalEntryNotFoundError, UserError):
-        return check_model(Path(snapshot_download(name, revision=revision, local_files_only=True))), None
+    revision = config.BASE_MODEL_REVISION if name == config.BASE_MODEL else None
+    download = functools.partial(snapshot_download, name, revision=revision, allow_patterns=HUB_PATTERNS)
+    cached = None
+    try:
+        return check_model(Path(download(local_files_only=True))), None
+    except IncompleteSnapshotError as error:  # another program may have left out what is of no use to it
+        cached = Path(error.snapshot_path)
+    except (LocalEntryNotFoundError, UserError):
+        pass
     if not constants.HF_HUB_OFFLINE and answers(constants.ENDPOINT):
         try:
-            return check_model(Path(snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS))), None
-        except (HfHubHTTPError, OSError) as error:
-            raise UserError(
-                f"{constants.ENDPOINT} has no model {name!r} for us: {str(error).splitlines()[0]}"
-            ) from None
+            folder = Path(download())
+        except Exception as error:  # what the hub's client and its transport raise has no common name
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"{constants.ENDPOINT} has no model {name!r} for us: {reason}") from None
+        return check_model(folder), None
+    if cached:
+        with contextlib.suppress(UserError):
+            return check_model(cached), None
     if not fallback:
         raise UserError(f"{name} is not in the local cache and {constants.ENDPOINT} does not answer; try 'packaged'")
     return packaged_model(), (
@@ -1826,7 +1837,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.suggest_questions or options.question_endpoint:
         return write_candidates(passages, templates, options)
     held_out, pairs, dropped, queries, corpus = make_data(passages, family, templates, options)
-    model_folder, note = find_model(config.BASE_MODEL, config.BASE_MODEL_REVISION, fallback=True)
+    model_folder, note = find_model(config.BASE_MODEL, fallback=True)
     tokens, window = count_tokens([row.passage for row in corpus], model_folder)
     report = {
         "documents_root": options.documents_root.resolve().name,

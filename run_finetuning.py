@@ -1913,7 +1913,7 @@ def load_base_and_saved(options: argparse.Namespace) -> tuple:
     saved = load_model(options.model_dir, config.DEVICE)
     evaluation = read_json(options.model_dir / "evaluation.json")
     name = options.base_model or evaluation.get("base", {}).get("used", config.BASE_MODEL)
-    base = load_model(find_model(name, config.BASE_MODEL_REVISION, fallback=False)[0], config.DEVICE)
+    base = load_model(find_model(name, fallback=False)[0], config.DEVICE)
     kept_base = evaluation.get("comparison", {}).get("verdict") == "kept-base" and name == evaluation["base"]["used"]
     return base, saved, kept_base
 
@@ -2021,7 +2021,7 @@ def tune(options: argparse.Namespace, started: float) -> None:
     judged, watched = read_held_out(options)
     pairs = read_pairs(options.data_dir)
     wanted = options.base_model or config.BASE_MODEL
-    base_folder, note = find_model(wanted, config.BASE_MODEL_REVISION, fallback=options.base_model is None)
+    base_folder, note = find_model(wanted, fallback=options.base_model is None)
     if note:
         warn(note)
     refuse_lesser_base(options, note)

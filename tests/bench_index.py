@@ -81,7 +81,7 @@ def imports_torch(output: str) -> bool:
 
 def measure_encoding(documents: Path, patterns: list[str], model: str, sample: int, workspace: Path) -> None:
     """Print passages a second of both on the device that they choose, each the best of three turns."""
-    source, _ = find_model(model, None, fallback=False)
+    source, _ = find_model(model, fallback=False)
     record = prepare_encoder(source, model_fingerprint(source), workspace)
     plain = load_model(source, config.DEVICE)
     encode = encoding_function(source, workspace / record["folder"], config.DEVICE)

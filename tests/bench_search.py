@@ -125,7 +125,7 @@ def warm(index_dir: Path, queries: list[str]) -> dict[str, float]:
 
 def plain_search(index: Index, query: str) -> float:
     """Return the median seconds of a fresh process that searches in the usual way."""
-    model = find_model(index.header["model"]["name"], config.BASE_MODEL_REVISION, fallback=False)[0]
+    model = find_model(index.header["model"]["name"], fallback=False)[0]
     vectors = index.folder / index.header["files"]["embeddings"][0]
     command = [sys.executable, "-c", PLAIN_SEARCH, model, vectors, index.folder / "metadata.json", query]
     return statistics.median(seconds(command) for _ in range(3))

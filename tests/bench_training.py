@@ -232,7 +232,7 @@ def main() -> None:
     paths = prepare.find_documents(options.documents, ["**/*.md"])
     passages = prepare.read_passages(options.documents, paths, config.MAX_PASSAGE_CHARS, config.MAX_DOCUMENT_MB)
     questions = Questions(options.questions, passages, options.passages)
-    base, _ = prepare.find_model(options.base_model, None, fallback=False)
+    base, _ = prepare.find_model(options.base_model, fallback=False)
     print(f"{len(questions.queries)} questions, {len(questions.passages)} passages, {options.steps} steps\n")
     print("| | pairs | steps | minutes | trained | and spread |\n|---|---|---|---|---|---|")
     print("| base | | | | {:.3f} | {:.3f} |".format(*questions.score(load_model(base, config.DEVICE))), flush=True)

@@ -1,5 +1,6 @@
 """Finding a model: packaged, a folder, the hub's cache; and refusing what is broken or unsafe."""
 
+import contextlib
 import hashlib
 import http.server
 import json
@@ -11,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,7 +44,7 @@ class Bomb:
 
 
 def test_the_packaged_model_is_the_published_one():
-    folder, note = find_model("packaged", None, fallback=False)
+    folder, note = find_model("packaged", fallback=False)
     assert note is None
     assert sha256_of(folder / "model.safetensors") == prepare.PACKAGED_SHA256
     assert load_tokenizer(folder)[1] == 256
@@ -68,7 +71,7 @@ def test_a_packaged_model_with_one_changed_byte_is_refused(tmp_path, monkeypatch
 
 def test_a_folder_with_a_whole_model_is_taken_as_it_is(tiny_model, tiny_multilingual_model):
     for folder in (tiny_model, tiny_multilingual_model):
-        assert find_model(str(folder), None, fallback=False) == (folder, None)
+        assert find_model(str(folder), fallback=False) == (folder, None)
         assert load_tokenizer(folder)[1] == 128
 
 
@@ -77,7 +80,7 @@ def test_half_a_model_is_refused_naming_what_is_missing(tiny_model, tmp_path, na
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / name).unlink()
     with pytest.raises(UserError, match=f"{name} is missing"):
-        find_model(str(folder), None, fallback=True)
+        find_model(str(folder), fallback=True)
 
 
 @pytest.mark.parametrize("kept", [0, 7, 500, -1])
@@ -168,7 +171,7 @@ def test_a_model_with_damaged_json_is_one_error(chain, tmp_path, capsys, name):
 def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no model at"):
-        find_model(name, None, fallback=True)
+        find_model(name, fallback=True)
 
 
 # ---------------------------------------------------------------------------------------------------- the hub
@@ -236,7 +239,7 @@ def test_a_model_named_on_the_command_line_is_never_replaced_by_another(chain, t
 def test_the_configured_base_falls_back_to_the_packaged_model_and_says_so_in_one_line(tmp_path):
     code = (
         "import config, prepare_finetuning_data as p\n"
-        "folder, note = p.find_model(config.BASE_MODEL, None, fallback=True)\nprint(folder)\nprint(note)"
+        "folder, note = p.find_model(config.BASE_MODEL, fallback=True)\nprint(folder)\nprint(note)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -252,14 +255,119 @@ def test_the_configured_base_falls_back_to_the_packaged_model_and_says_so_in_one
         assert words in note
 
 
+@contextlib.contextmanager
+def hub_with(model: Path, cut_short: str = "") -> Iterator[str]:
+    """Serve a folder as a repository of the hub on this machine; the transfer of the file cut_short breaks off."""
+    files = {
+        path.relative_to(model).as_posix(): path.read_bytes() for path in sorted(model.rglob("*")) if path.is_file()
+    }
+    commit = "b" * 40
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = urllib.parse.unquote(self.path.partition("?")[0])
+            if "/tree/" in path:
+                rows = [
+                    {"type": "file", "path": name, "size": len(one), "oid": sha1(one)} for name, one in files.items()
+                ]
+                self.answer(json.dumps(rows).encode())
+            elif path.startswith("/api/models/"):
+                siblings = [{"rfilename": name} for name in files]
+                self.answer(json.dumps({"id": NAME, "sha": commit, "siblings": siblings}).encode())
+            elif "/resolve/" in path:
+                name = path.split("/resolve/")[1].partition("/")[2]
+                self.answer(
+                    files[name], name == cut_short, ETag=f'"{sha256(files[name])}"', **{"X-Repo-Commit": commit}
+                )
+            else:
+                self.answer(b"")
+
+        do_HEAD = do_GET
+
+        def answer(self, body: bytes, cut: bool = False, **headers: str):
+            self.send_response(200)
+            for name, value in (headers | {"Content-Length": str(len(body))}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body[: len(body) // 2] if cut else body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+
+
+def sha1(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def find_in(home: Path, **environment: str) -> subprocess.CompletedProcess:
+    code = f"import config, prepare_finetuning_data as p\nconfig.run(lambda: print(p.find_model({NAME!r}, False)[0]))"
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        encoding="utf-8",
+        cwd=REPOSITORY,
+        env=os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": ""} | environment,
+    )
+
+
+@pytest.mark.parametrize("lacking", [[], ["README.md", "config_sentence_transformers.json"]])
+def test_what_was_downloaded_from_the_hub_is_found_again_without_a_network(tmp_path, tiny_multilingual_model, lacking):
+    repository, home = shutil.copytree(tiny_multilingual_model, tmp_path / "repository"), tmp_path / "home"
+    (repository / "pytorch_model.bin").write_bytes(b"of no use here")
+    (repository / "README.md").write_text("A tiny model", encoding="utf-8")
+    with hub_with(repository) as address:
+        first = find_in(home, HF_ENDPOINT=address)
+    assert first.returncode == 0, first.stderr
+    folder = Path(first.stdout.strip())
+    assert (folder / "model.safetensors").exists() and not list(folder.glob("*.bin"))
+    for name in lacking:  # as another program leaves it
+        (folder / name).unlink(missing_ok=True)
+    for offline in (UNREACHABLE, {"HF_HUB_OFFLINE": "1"}):
+        again = find_in(home, **offline)
+        assert (again.returncode, again.stdout) == (0, first.stdout), again.stderr
+
+
+def test_a_download_from_the_hub_that_breaks_off_is_one_error_and_is_not_used(tmp_path, tiny_multilingual_model):
+    with hub_with(tiny_multilingual_model, cut_short="model.safetensors") as address:
+        done = find_in(tmp_path / "home", HF_ENDPOINT=address)
+    assert done.returncode == 2 and NAME in error_line(done.stderr), done.stderr
+    assert find_in(tmp_path / "home", **UNREACHABLE).returncode == 2
+
+
+def test_the_commit_of_the_configured_base_is_not_asked_of_another_model(
+    tmp_path, tiny_multilingual_model, monkeypatch
+):
+    from huggingface_hub import constants
+
+    hub_cache(tmp_path / "home", tiny_multilingual_model)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    monkeypatch.setattr(config, "BASE_MODEL_REVISION", "c" * 40)
+    assert find_model(NAME, fallback=False)[1] is None
+    monkeypatch.setattr(config, "BASE_MODEL", NAME)
+    with pytest.raises(UserError, match=NAME):
+        find_model(NAME, fallback=False)
+
+
 @pytest.mark.parametrize("fallback", [True, False])
 def test_offline_mode_does_not_ask_the_hub(monkeypatch, fallback):
     monkeypatch.setattr(prepare, "answers", lambda *_: pytest.fail("asked the hub"))
     if fallback:
-        assert find_model(NAME, None, fallback=True)[0] == packaged_model()
+        assert find_model(NAME, fallback=True)[0] == packaged_model()
     else:
         with pytest.raises(UserError, match=NAME):
-            find_model(NAME, None, fallback=False)
+            find_model(NAME, fallback=False)
 
 
 @pytest.mark.parametrize("status", [200, 404])
