@@ -152,8 +152,9 @@ TABLE_RULE = re.compile(r"\s*\|?(?:\s*:?-+:?\s*\|)*\s*:?-+:?\s*\|?\s*")
 LIST_MARK = re.compile(r"^\s*(?:[-*+]\s+(?:\[[ xX]\]\s+)?|\d{1,3}[.)]\s+)")
 HEADING_ATTRIBUTES = re.compile(r"\s*#*\s*\{[:#.][^{}]*\}\s*$")  # "Locks {#locks}", as MkDocs and Pandoc write
 OTHER_MARK = re.compile(r"^\s*(?:>\s?|#{1,6}\s+|```+.*|~~~+.*)")
-HTML_TAG = re.compile(  # a comment begins anew at each "<!--", lest many that never end take quadratic time
-    r"<!--(?:(?!<!--).)*?-->|"
+COMMENT = re.compile(r"<!--(?:(?!<!--).)*?-->", re.S)  # begins anew at each "<!--", lest many take quadratic time
+HTML_TAG = re.compile(
+    rf"{COMMENT.pattern}|"
     r"</?(?:a|b|br|center|code|details|div|em|h[1-6]|hr|i|img|kbd|li|ol|p|pre|span|strong|sub|summary|sup|table|"
     r"tbody|td|th|thead|tr|u|ul)\b[^<>]*>",
     re.I | re.S,
@@ -377,7 +378,7 @@ def tells_nothing(node, lines: list[str]) -> bool:
     """Tell whether a node is a comment, or a list that only leads to the headings of its own document."""
     own = lines[slice(*node.map)]
     if node.type == "html_block":
-        return own[0].lstrip().startswith("<!--") and "\n".join(own).rstrip().endswith("-->")
+        return not COMMENT.sub("", "\n".join(own)).strip()
     return node.type.endswith("_list") and all(CONTENTS_LINE.fullmatch(line) for line in own if line.strip())
 
 
@@ -402,7 +403,8 @@ def cut_node(node, lines: list[str], heading: tuple[str, ...], max_chars: int) -
         for number in range(start, end):
             yield from cut_line(Block(heading, number + 1, number + 1, lines[number]), max_chars)
     else:
-        yield from cut_paragraph(text, start + 1, heading, max_chars)
+        for sentence in pieces_of(Block(heading, start + 1, end, text), sentences(text)):
+            yield from cut_line(sentence, max_chars)
 
 
 def cut_table(lines: list[str], start: int, end: int, heading: tuple[str, ...], max_chars: int) -> Iterator[Block]:
@@ -414,34 +416,31 @@ def cut_table(lines: list[str], start: int, end: int, heading: tuple[str, ...], 
         yield Block(heading, group[0].start_line, group[-1].end_line, f"{header}\n{rows_text}")
 
 
-def cut_paragraph(text: str, start_line: int, heading: tuple[str, ...], max_chars: int) -> Iterator[Block]:
-    """Yield a paragraph's sentences, each with the lines it stands on."""
-    first, position = start_line, 0
-    for sentence in sentences(text):
-        start = text.index(sentence, position)
-        first += text.count("\n", position, start)
-        position = start
-        yield from cut_line(Block(heading, first, first + sentence.count("\n"), sentence), max_chars)
-
-
 def cut_line(block: Block, max_chars: int) -> Iterator[Block]:
     """Cut a sentence or line that is longer than max_chars at spaces, and a word that is longer anywhere."""
     if len(block.text) <= max_chars:
         yield block
     else:
-        line, position = block.start_line, 0
-        for piece in textwrap.wrap(block.text, max_chars, replace_whitespace=False, expand_tabs=False):
-            start = block.text.index(piece, position)
-            line += block.text.count("\n", position, start)
-            position = start
-            yield block._replace(start_line=line, end_line=line + piece.count("\n"), text=piece)
+        yield from pieces_of(block, textwrap.wrap(block.text, max_chars, replace_whitespace=False, expand_tabs=False))
+
+
+def pieces_of(block: Block, pieces: Iterable[str]) -> Iterator[Block]:
+    """Yield pieces of a block's text, in their order, each with the lines it stands on."""
+    line, end = block.start_line, 0
+    for piece in pieces:
+        start = block.text.index(piece, end)
+        line += block.text.count("\n", end, start)
+        yield block._replace(start_line=line, end_line=line + piece.count("\n"), text=piece)
+        line += piece.count("\n")
+        end = start + len(piece)
 
 
 def pack(blocks: Iterable[Block], max_chars: int) -> Iterator[list[Block]]:
-    """Group consecutive blocks while they fit into max_chars together."""
+    """Group consecutive blocks while they fit into max_chars together and stand under the first one's heading."""
     group: list[Block] = []
     for block in blocks:
-        if group and sum(len(member.text) + 1 for member in group) + len(block.text) > max_chars:
+        is_full = sum(len(member.text) + 1 for member in group) + len(block.text) > max_chars
+        if group and (is_full or block.heading[: len(group[0].heading)] != group[0].heading):
             yield group
             group = []
         group.append(block)

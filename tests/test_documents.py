@@ -348,6 +348,34 @@ def test_pieces_of_a_long_sentence_name_the_lines_they_stand_on():
         assert passage.start_line in (numbers[0], numbers[0] - 1) and passage.end_line == numbers[-1]
 
 
+def test_sentences_that_are_repeated_name_each_their_own_line():
+    lines = "Kısa not.\n" * 40
+    found = cut_passages(f"# A\n\n{lines}", "a.md", 100)
+    assert len(found) > 3
+    at = 3
+    for passage in found:
+        assert (passage.start_line, passage.end_line) == (at, at + passage.text.count("Kısa") - 1)
+        at = passage.end_line + 1
+    assert at == 43
+
+
+def test_the_pieces_of_one_item_of_a_list_do_not_stand_under_another():
+    item = "- {} sunucusu gece boyunca çalışır ve kayıtlarını iki ayrı yere yazar.\n{}"
+    details = "  - Diskler her ayın ilk günü denetlenir ve sonuç yazılır.\n" * 8
+    found = cut_passages("# Plan\n\n" + item.format("Alfa", details) + item.format("Beta", ""), "a.md", 300)
+    under = {passage.heading[-1].split()[0] for passage in found if "Diskler" in passage.text}
+    assert "Alfa" in under
+    (beta,) = [passage for passage in found if "Beta" in passage.text]
+    assert beta.heading == ("Plan",) and "Diskler" not in beta.text
+
+
+def test_a_long_item_without_spaces_heads_its_pieces_by_its_beginning():
+    item = "漏水を検出する箱の電池を交換し記録を保存します" * 6
+    found = cut_passages(f"# 計画\n\n- {item}\n" + f"  - {item}\n" * 6, "a.md", 300)
+    heads = {passage.heading[-1] for passage in found if len(passage.heading) > 1}
+    assert heads == {item[:79] + "…"}
+
+
 def test_a_paragraph_without_a_sentence_end_or_a_space_is_cut_all_the_same():
     assert max(map(len, texts_of("word " * 1000))) <= MAX_CHARS
     assert "".join(texts_of("x" * 5000)) == "x" * 5000
@@ -358,6 +386,9 @@ def test_html_and_right_to_left_text_are_passages():
     assert "İçerik" in plain_text(texts_of("<div>\n<p>İçerik</p>\n</div>\n")[0])
     assert texts_of("# عنوان\n\nهذا نص من اليمين إلى اليسار.\n") == ["هذا نص من اليمين إلى اليسار."]
     assert texts_of("<!-- only a comment -->\n") == []
+    assert texts_of("<!-- one -->\n<!-- two -->\n") == []
+    (text,) = texts_of("<!-- note --> The valve closes at ten. <!-- end -->\n")
+    assert "The valve closes at ten." in text
 
 
 # ---------------------------------------------------------------------------------- the whole sample project
