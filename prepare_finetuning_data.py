@@ -17,7 +17,8 @@ Files written to config.FINE_TUNING_DATA_DIR (UTF-8; TSV with a header line, one
     data_report.json     the figures that are printed; --report FILE.html shows them with examples of the pairs
 Files read there where they exist, tab-separated with a header line:
     questions.tsv            question, passage (the text that answers it, or file:line): written by a person
-    question_candidates.tsv  accept, question, passage, source_file: from --suggest-questions, marked by a person
+    question_candidates.tsv  accept, question, passage, source_file, suggested: from --suggest-questions, marked by a
+                             person
 """
 
 import argparse
@@ -982,12 +983,16 @@ class Question(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A row of question_candidates.tsv; a person writes x into accept, or no, and edits the question."""
+    """A row of question_candidates.tsv; a person writes x into accept, or no, and edits the question.
+
+    suggested: the question as it was made of the passage's own words; "" where a language model wrote it.
+    """
 
     accept: str
     question: str
     passage: str
     source_file: str
+    suggested: str = ""
 
 
 DENIED = {"", "0", "n", "no", "h", "hayir", "-", "false"}
@@ -995,14 +1000,25 @@ DENIED = {"", "0", "n", "no", "h", "hayir", "-", "false"}
 
 def read_questions(data_dir: Path) -> list[tuple[str, Question]]:
     """Return the questions of questions.tsv and the accepted candidates, each with its file and line."""
-    remedy = "mend the line; the columns are parted by tabs"
-    found: list[tuple[str, Question]] = []
-    for name, row_type in (("questions.tsv", Question), ("question_candidates.tsv", Candidate)):
-        if (path := data_dir / name).exists():
-            for number, row in enumerate(read_tsv(path, row_type, may_be_empty=True, remedy=remedy), 2):
-                if row.question.strip() and (row_type is Question or fold(row.accept.strip()) not in DENIED):
-                    found.append((f"{path}:{number}", Question(unquoted(row.question), unquoted(row.passage))))
-    return found
+    written = read_filled_in(data_dir / "questions.tsv", Question)
+    written += [
+        (place, Question(row.question, row.passage))
+        for place, row in read_candidates(data_dir)
+        if fold(row.accept.strip()) not in DENIED
+    ]
+    return [(place, row) for place, row in written if row.question.strip()]
+
+
+def read_candidates(data_dir: Path) -> list[tuple[str, Candidate]]:
+    return read_filled_in(data_dir / "question_candidates.tsv", Candidate)
+
+
+def read_filled_in(path: Path, row_type: type) -> list[tuple[str, NamedTuple]]:
+    """Return the rows of a table that a person fills in, each with its file and line; none where there is no file."""
+    if not path.exists():
+        return []
+    rows = read_rows(path, row_type, may_be_empty=True, remedy="mend the line; the columns are parted by tabs")
+    return [(f"{path}:{number}", row_type(*map(unquoted, row))) for number, row in rows]
 
 
 def read_written(path: Path) -> str:
@@ -1121,7 +1137,7 @@ def language(text: str) -> str:
     return best if scores[best] > 0 else "other"
 
 
-def suggest_questions(passages: list[Passage], templates: set[str], max_candidates: int) -> list[Candidate]:
+def suggest_questions(passages: list[Passage], templates: set[str]) -> list[Candidate]:
     """Make questions from headings, definitions and table rows in their document's language, best first.
 
     A document's later candidates rank lower, so that the first page shows many documents; one question a passage.
@@ -1139,27 +1155,23 @@ def suggest_questions(passages: list[Passage], templates: set[str], max_candidat
         if made is not None and len(passage.text) >= 80 and fold(made[1]) not in seen:
             seen.add(fold(made[1]))
             earlier[passage.source_file] += 1
-            row = Candidate("", made[1], plain_text(passage.text), passage.source_file)
+            row = Candidate("", made[1], plain_text(passage.text), passage.source_file, made[1])
             ranked.append((made[0] - earlier[passage.source_file] / 4, -place, row))
-    return [row for _, _, row in sorted(ranked, key=lambda one: one[:2], reverse=True)[:max_candidates]]
+    return [row for _, _, row in sorted(ranked, key=lambda one: one[:2], reverse=True)]
 
 
-def mark_suggested(
-    pairs: list[Pair], queries: list[Query], data_dir: Path, passages: list[Passage], templates: set[str]
-) -> tuple[list[Pair], list[Query]]:
+def mark_suggested(pairs: list[Pair], queries: list[Query], data_dir: Path) -> tuple[list[Pair], list[Query]]:
     """Return pairs and queries with the strategy "suggested" for accepted candidates that are worded as suggested.
 
     Those repeat a heading or a term, and tell of a model no more than made-up queries do.
     """
-    path = data_dir / "question_candidates.tsv"
-    if not path.exists():
-        return pairs, queries
-    suggested = {fold(one.question) for one in suggest_questions(passages, templates, len(passages))}
-    suggested &= {fold(unquoted(row.question)) for row in read_tsv(path, Candidate, may_be_empty=True)}
+    rows = [row for _, row in read_candidates(data_dir)]
+    rows = [row for row in rows if row.suggested and words_of(row.question) == words_of(row.suggested)]
+    unread = {words_of(row.question) for row in rows}
 
     def marked(row):
-        is_suggested = row.strategy == "question" and fold(row[0]) in suggested
-        return row._replace(strategy="suggested") if is_suggested else row
+        is_unread = row.strategy == "question" and words_of(row[0]) in unread
+        return row._replace(strategy="suggested") if is_unread else row
 
     return list(map(marked, pairs)), list(map(marked, queries))
 
@@ -1348,15 +1360,6 @@ def ask_for_question(url: str, model: str, passage: Passage) -> str:
         ) from None
 
 
-def keep_marks(path: Path, candidates: list[Candidate]) -> list[Candidate]:
-    """Return the rows of an earlier question_candidates.tsv that a person has marked, and the new ones below."""
-    remedy = "mend the line; the columns are parted by tabs"
-    rows = read_tsv(path, Candidate, may_be_empty=True, remedy=remedy) if path.exists() else []
-    marked = [row for row in rows if row.accept.strip()]
-    known = {row.passage for row in marked}
-    return marked + [row for row in candidates if row.passage not in known]
-
-
 # -------------------------------------------------------------------------------------- files written
 
 
@@ -1367,8 +1370,13 @@ def write_tsv(path: Path, rows: list[NamedTuple], columns: tuple[str, ...]) -> N
             file.write("\t".join(" ".join(field.split()) for field in row) + "\n")
 
 
-def read_tsv(path: Path, row_type: type, may_be_empty: bool = False, remedy: str = "") -> list:
-    """Read what write_tsv wrote into row_type, a NamedTuple whose fields are the columns.
+def read_tsv(path: Path, row_type: type, may_be_empty: bool = False) -> list:
+    """Return what write_tsv wrote as row_type, a NamedTuple whose fields are the columns; raises as read_rows does."""
+    return [row for _, row in read_rows(path, row_type, may_be_empty)]
+
+
+def read_rows(path: Path, row_type: type, may_be_empty: bool = False, remedy: str = "") -> list[tuple[int, NamedTuple]]:
+    """Return the rows of a TSV file, each with its line, but for empty ones.
 
     Raises:
         UserError: the file is missing, lacks a column, has a row of another length, or has no rows.
@@ -1393,7 +1401,8 @@ def read_tsv(path: Path, row_type: type, may_be_empty: bool = False, remedy: str
             raise UserError(f"{path}:{number}: {len(row)} columns instead of {len(rows[0])}; {remedy}")
     if len(rows) == 1 and not may_be_empty:
         raise UserError(f"{path} has no rows; {remedy} with more documents or strategies")
-    return [row_type(*(row[place] for place in places)) for row in rows[1:] if "".join(row).strip()]
+    filled = [(number, row) for number, row in enumerate(rows[1:], 2) if "".join(row).strip()]
+    return [(number, row_type(*(row[place] for place in places))) for number, row in filled]
 
 
 def write_data(
@@ -1793,13 +1802,16 @@ def check_settings() -> None:
 def write_candidates(passages: list[Passage], templates: set[str], options: argparse.Namespace) -> None:
     """Write question_candidates.tsv for a person to mark."""
     path = options.data_dir / "question_candidates.tsv"
-    candidates = suggest_questions(passages, templates, config.MAX_QUESTION_CANDIDATES)
+    marked = [row for _, row in read_candidates(options.data_dir) if row.accept.strip()]
+    known = {row.passage for row in marked}
+    candidates = [row for row in suggest_questions(passages, templates) if row.passage not in known]
     if options.question_endpoint:
         place = {row.passage: number for number, row in enumerate(candidates)}
-        by_worth = sorted(passages, key=lambda one: place.get(plain_text(one.text), len(place)))
+        others = [one for one in passages if plain_text(one.text) not in known]
+        by_worth = sorted(others, key=lambda one: place.get(plain_text(one.text), len(place)))
         limits = (options.data_dir, config.MAX_QUESTION_CANDIDATES)
         candidates = ask_endpoint(options.question_endpoint, options.question_model, by_worth, *limits)
-    rows = keep_marks(path, candidates)
+    rows = marked + candidates[: config.MAX_QUESTION_CANDIDATES]
     write_tsv(path, rows, Candidate._fields)
     print(f"wrote {path} with {len(rows)} questions, the best first; write x into the column accept of those that a")
     print("colleague would ask, mend their words, and run: python prepare_finetuning_data.py")
@@ -1818,7 +1830,7 @@ def make_data(
     pairs, dropped = make_pairs(passages, held_out, templates, strategies, max_pairs, options.seed, labelled)
     if not pairs:
         raise UserError("no training pairs: too few documents, or too short; give more --documents or --strategy")
-    pairs, queries = mark_suggested(pairs, queries, options.data_dir, passages, templates)
+    pairs, queries = mark_suggested(pairs, queries, options.data_dir)
     return held_out, pairs, dropped, queries, corpus
 
 

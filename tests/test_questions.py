@@ -303,6 +303,51 @@ def test_a_suggestion_accepted_as_it_was_worded_counts_as_no_question_of_a_perso
     asked = {kind: {text for own, text in found if own == kind} for kind in ("question", "suggested")}
     assert asked["question"] == {"kim bakar ki buna"}
     assert asked["suggested"] and asked["suggested"] <= {row.question for row in rows}
+    # The documents that come or change later do not make it one: another definition of each term, say.
+    copy = "\n\n".join(f"**{row.question}**: ne demek olduğu burada bir kez daha uzunca yazılıdır." for row in rows)
+    (prepare.data.parent / "project" / "sonra.md").write_text(f"# Sonra\n\n{copy}\n", encoding="utf-8")
+    text = (prepare.data.parent / "project" / "Docs" / "glossary.md").read_text(encoding="utf-8")
+    (prepare.data.parent / "project" / "Docs" / "terms.md").write_text(text.replace("Glossary", "Terms"))
+    assert prepare() == 0
+    found = [(pair.strategy, pair.anchor) for pair in read_pairs(prepare.data)]
+    found += [(query.strategy, query.query) for query in read_queries(prepare.data)]
+    assert {text for own, text in found if own == "question"} == {"kim bakar ki buna"}
+
+
+def test_when_all_suggestions_are_marked_others_come(prepare, monkeypatch):
+    monkeypatch.setattr(config, "MAX_QUESTION_CANDIDATES", 3)
+    seen: set[str] = set()
+    for times in (1, 2, 3):
+        assert prepare("--suggest-questions") == 0
+        rows = candidates(prepare.data)
+        assert len(rows) == 3 * times and len({row.passage for row in rows}) == len(rows)
+        assert not seen.intersection(row.question for row in rows[3 * (times - 1) :])
+        seen |= {row.question for row in rows}
+        write_tsv(
+            prepare.data / "question_candidates.tsv", [row._replace(accept="no") for row in rows], Candidate._fields
+        )
+
+
+def test_marks_that_a_spreadsheet_has_saved_with_quotation_marks_are_known_again(prepare):
+    says = 'The "night" valve closes at ten, and the day valve opens again at six; both are checked once a week.'
+    text = f"# Guide\n\n## Pressure valve\n\n{says}\n"
+    (prepare.data.parent / "project" / "guide.md").write_text(text, encoding="utf-8")
+    assert prepare("--suggest-questions") == 0
+    rows = candidates(prepare.data)
+    (own,) = [row for row in rows if row.source_file == "guide.md"]
+    quoted = '"' + own.passage.replace('"', '""') + '"'
+    rows = [row._replace(accept="no", passage=quoted) if row is own else row for row in rows]
+    write_tsv(prepare.data / "question_candidates.tsv", rows, Candidate._fields)
+    assert prepare("--suggest-questions") == 0
+    assert [row.accept for row in candidates(prepare.data) if row.source_file == "guide.md"] == ["no"]
+
+
+def test_a_question_is_named_by_its_line_whatever_lines_are_empty(prepare, capsys):
+    lines = ["question\tpassage", "", "Biri ne?\tyok böyle bir şey", "", "\t", "Öbürü ne?\tbu da yok böyle"]
+    (prepare.data / "questions.tsv").write_text("\n".join(lines), encoding="utf-8")
+    assert prepare() == 0
+    err = capsys.readouterr().err
+    assert "questions.tsv:3: " in err and "questions.tsv:6: " in err and "questions.tsv:2: " not in err
 
 
 def test_the_language_of_a_text():
