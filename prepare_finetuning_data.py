@@ -1793,6 +1793,13 @@ def add_document_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def document_options(options: argparse.Namespace) -> list[str]:
+    """Return the options that name documents other than config.py's, for the commands that follow."""
+    root = options.documents_root.resolve()
+    words = ["--documents-root", str(root)] if root != config.DOCUMENTS_ROOT.resolve() else []
+    return words + [word for glob in options.documents or [] for word in ("--documents", glob)]
+
+
 def check_settings() -> None:
     """Refuse settings of config.py by which documents can not be cut."""
     config.check_number("MAX_PASSAGE_CHARS", 50)
@@ -1814,7 +1821,9 @@ def write_candidates(passages: list[Passage], templates: set[str], options: argp
     rows = marked + candidates[: config.MAX_QUESTION_CANDIDATES]
     write_tsv(path, rows, Candidate._fields)
     print(f"wrote {path} with {len(rows)} questions, the best first; write x into the column accept of those that a")
-    print("colleague would ask, mend their words, and run: python prepare_finetuning_data.py")
+    command = shlex.join(["python", "prepare_finetuning_data.py", *document_options(options)])
+    following = command_for(printable(command), "--data-dir", options.data_dir, config.FINE_TUNING_DATA_DIR)
+    print(f"colleague would ask, mend their words, and run: {following}")
 
 
 def make_data(
@@ -1852,6 +1861,7 @@ def main(argv: list[str] | None = None) -> None:
     tokens, window = count_tokens([row.passage for row in corpus], model_folder)
     report = {
         "documents_root": options.documents_root.resolve().name,
+        "document_options": document_options(options),
         "documents": len(family),
         "copies": len(family) - len(set(family.values())),
         "passages": len(passages),

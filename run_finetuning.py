@@ -30,6 +30,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import shutil
 import sqlite3
 import sys
@@ -1028,7 +1029,7 @@ def seconds_per_step(model, loss, columns: dict[str, list[str]], rows: list[int]
     took = []
     for start in range(3):
         started = time.perf_counter()
-        batch = rows[start :: max(3, len(rows) // batch_size)][:batch_size]  # of all kinds of pairs
+        batch = (rows[start :: max(3, len(rows) // batch_size)] or rows)[:batch_size]  # of all kinds of pairs
         features = [model.preprocess([column[row] for row in batch]) for column in columns.values()]
         features = [{k: v.to(model.device) if hasattr(v, "to") else v for k, v in one.items()} for one in features]
         with in_bfloat16(model):
@@ -1179,11 +1180,12 @@ def claim_workspace(folder: Path, identity: str, fresh: bool) -> int:
             if not is_complete(path):  # cut short by the kill, or damaged since
                 remove(path)
         done = checkpoint.name.rpartition("-")[2]
-        print(f"found an interrupted training: going on after step {done} of {left['steps']} (--fresh starts over)")
-        write_workspace(folder, identity, left["steps"])
+        found = f"found an interrupted training: going on after step {done} of {left['steps']} (--fresh starts over)"
+        print(found, file=sys.stderr)
         return left["steps"]
     if checkpoint:
-        print("starting over" if fresh else "found an interrupted training of other data or settings: starting over")
+        found = "" if fresh else "found an interrupted training of other data or settings: "
+        print(f"{found}starting over", file=sys.stderr)
     remove(folder)
     write_workspace(folder, identity, 0)
     return 0
@@ -1471,10 +1473,11 @@ def report_page(evaluation: dict, folder: Path) -> str:
     return render("report.html", evaluation=evaluation, result=result, charts=charts, **about, **tables)
 
 
-def index_command(folder: Path) -> str:
+def index_command(folder: Path, document_options: Sequence[str] = ()) -> str:
     """Return the command that indexes the documents with the model in a folder."""
     usual = config.FINE_TUNED_MODEL_DIR / config.MODEL_NAME
-    return command_for("python generate_embeddings.py", "--model", folder, usual)
+    command = printable(shlex.join(["python", "generate_embeddings.py", *document_options]))
+    return command_for(command, "--model", folder, usual)
 
 
 def told(rows: dict[str, dict]) -> str:
@@ -1751,6 +1754,8 @@ def check_options(options: argparse.Namespace) -> None:
     for name, (low, high) in whole.items():
         if not (isinstance(value := getattr(options, name), int) and low <= value <= high):
             raise UserError(f"--{name.replace('_', '-')} {value!r} is no whole number from {low} to {high}")
+    for name in ("MAX_UNLABELLED_STEPS", "QUESTION_WEIGHT"):
+        config.check_number(name, 0)
     if options.loss not in ("mnrl", "triplet"):  # argparse looks at options only, not at config.LOSS
         raise UserError(f"config.LOSS is {options.loss!r}; set it to mnrl or triplet")
     if not 0 < options.learning_rate <= 1:
@@ -1781,6 +1786,8 @@ def fine_tune(
     columns = training_columns(pairs)
     max_unlabelled = config.MAX_UNLABELLED_STEPS * options.batch_size
     rows = plan_rows(pairs, options.epochs, config.QUESTION_WEIGHT, max_unlabelled, options.seed)
+    if not rows:
+        raise UserError("nothing to train on: config.MAX_UNLABELLED_STEPS or QUESTION_WEIGHT is 0; set it higher")
     base_weights = {name: value.clone() for name, value in model.state_dict().items()}
     window, model.max_seq_length = model.max_seq_length, min(model.max_seq_length, config.TRAINING_TOKENS)
     if is_first_process() and not planned:
@@ -2041,9 +2048,11 @@ def tune(options: argparse.Namespace, started: float) -> None:
         model = load_model(base_folder, config.DEVICE)
     if kept_base or result["rejected"]:
         evaluation["trained_on"] = []
+    data = read_json(options.data_dir / "data_report.json")
+    data["other_documents"] = bool(data.pop("document_options", []))  # where they lie is nobody else's business
     evaluation |= result | {
         "base": {"wanted": wanted, "used": "packaged" if note else wanted, "note": note},
-        "data": read_json(options.data_dir / "data_report.json"),
+        "data": data,
         "minutes": round((time.perf_counter() - started) / 60, 1),
     }
     finish(model, evaluation, judged, options)
@@ -2062,10 +2071,12 @@ def finish(model, evaluation: dict, judged: HeldOut, options: argparse.Namespace
         )
     else:
         save_model(model, options.model_dir, evaluation, judged.passages[:64])
+        told = read_json(options.data_dir / "data_report.json").get("document_options", [])
+        following = index_command(options.model_dir, told)
         remove(workspace(options.model_dir))
         summary = (
             f"wrote {options.model_dir} in {duration(60 * evaluation['minutes'])}; report.html there shows what was"
-            f" gained; next: {index_command(options.model_dir)}"
+            f" gained; next: {following}"
         )
     print_comparison(evaluation["comparison"], options.quiet, summary)
 

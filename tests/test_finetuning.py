@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,7 @@ from prepare_finetuning_data import (
     packaged_model,
     plain_text,
     read_corpus,
+    read_pairs,
     read_queries,
     write_tsv,
 )
@@ -301,7 +303,9 @@ def test_the_model_card_and_evaluation_json_tell_how_the_model_was_made(chain):
     assert evaluation["settings"]["batch_size"] == 8 and evaluation["settings"]["max_steps"] == 5
     assert evaluation["steps"] == 5 and [row["step"] for row in evaluation["history"]] == [2, 4, 5]
     assert all({"loss", "nDCG@10"} <= row.keys() for row in evaluation["history"])
-    assert evaluation["data"] == json.loads((chain.data / "data_report.json").read_text(encoding="utf-8"))
+    report = json.loads((chain.data / "data_report.json").read_text(encoding="utf-8"))
+    del report["document_options"]
+    assert evaluation["data"] == report | {"other_documents": True}
     card = (chain.model / "README.md").read_text(encoding="utf-8")
     assert f"On {evaluation['comparison']['queries']} held-out queries" in card
 
@@ -664,7 +668,8 @@ def test_training_that_is_killed_leaves_the_old_model_and_the_next_run_goes_on(
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
     assert train(unjudged, installed, chain.base, "--max-steps", 120, "--force") == 0
-    assert re.search(r"going on after step (30|60|90) of 120", capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert re.search(r"going on after step (30|60|90) of 120", printed.err) and "going on" not in printed.out
     assert snapshot(config.previous(installed)) == before
     assert {path.name for path in installed.parent.iterdir()} == {"tuned", "tuned.previous"}
     assert train(unjudged, tmp_path / "straight", chain.base, "--max-steps", 120) == 0
@@ -716,8 +721,30 @@ def test_a_killed_training_is_not_gone_on_with_when_told_so_or_when_it_was_anoth
 ):
     kill_after_a_checkpoint(chain, installed)
     assert train(chain.data, installed, chain.base, "--force", *more) == 0
-    assert said in capsys.readouterr().out
+    assert said in capsys.readouterr().err
     assert not run_finetuning.workspace(installed).exists()
+
+
+def test_one_pair_and_one_epoch_are_trained_on_and_none_at_all_is_one_error(
+    chain, unjudged, tmp_path, monkeypatch, capsys
+):
+    write_tsv(unjudged / "training_data.tsv", read_pairs(unjudged)[:1], Pair._fields)
+    assert train(unjudged, tmp_path / "model", chain.base, "--epochs", 1) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(config, "MAX_UNLABELLED_STEPS", 0)
+    assert train(unjudged, tmp_path / "other", chain.base, "--fresh") == 2
+    assert "MAX_UNLABELLED_STEPS" in error_line(capsys.readouterr().err)
+    monkeypatch.setattr(config, "MAX_UNLABELLED_STEPS", -1)
+    assert train(unjudged, tmp_path / "other", chain.base) == 2
+    assert "config.MAX_UNLABELLED_STEPS is -1" in error_line(capsys.readouterr().err)
+
+
+def test_the_next_command_names_the_documents_that_the_pairs_were_made_of_and_the_model_folder_does_not(chain):
+    told = re.search(r"next: python generate_embeddings\.py (.*)", chain.printed)[1]
+    documents = ["--documents-root", str(chain.documents.resolve()), "--documents", "**/*.md"]
+    assert shlex.split(told) == [*documents, "--model", str(chain.model)]
+    for name in ("evaluation.json", "README.md", "report.html"):
+        assert str(chain.documents) not in (chain.model / name).read_text(encoding="utf-8")
 
 
 def test_two_processes_train_one_model_and_the_first_writes_it(chain, tmp_path):
@@ -999,9 +1026,9 @@ def test_a_model_worse_than_the_installed_one_replaces_it_only_by_force(chain, t
             data = judged_models(patch, chain, tmp_path, 0.2, chance, looks=0 if more else 2)
             before = snapshot(model) if model.exists() else {}
             assert train(data, model, chain.base, *more) == 0
-        printed = capsys.readouterr().out
+        printed, told = capsys.readouterr()
         assert ("not saved" in printed) != replaced and (snapshot(model) != before) == replaced, chance
-        assert ("going on after step" in printed) == bool(more)  # what was not saved is not trained again
+        assert ("going on after step" in told) == bool(more)  # what was not saved is not trained again
         assert run_finetuning.workspace(model).exists() != replaced
         assert VERDICT.search(printed.splitlines()[-1])[1] == "improved"
 

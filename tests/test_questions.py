@@ -1,6 +1,7 @@
 """People's labelled questions, suggested ones, and those asked of a language model's server."""
 
 import json
+import shlex
 import socket
 import threading
 import unicodedata
@@ -197,8 +198,12 @@ def candidates(data) -> list[Candidate]:
     return read_tsv(data / "question_candidates.tsv", Candidate)
 
 
-def test_suggestions_are_in_the_documents_language_and_no_template_junk(prepare):
+def test_suggestions_are_in_the_documents_language_and_no_template_junk(prepare, capsys):
     assert prepare("--suggest-questions") == 0
+    told = capsys.readouterr().out.splitlines()[-1].partition("run: ")[2]
+    root = str((prepare.data.parent / "project").resolve())
+    wanted = ["--documents-root", root, "--documents", "**/*.md", "--data-dir", str(prepare.data)]
+    assert shlex.split(told) == ["python", "prepare_finetuning_data.py", *wanted]
     rows = candidates(prepare.data)
     assert not (prepare.data / "training_data.tsv").exists()
     questions = {row.question: row.source_file for row in rows}
