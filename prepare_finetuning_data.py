@@ -1452,6 +1452,23 @@ def find_model(name: str, fallback: bool) -> tuple[Path, str | None]:
         return check_model(folder), None
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise UserError(f"no model at {name}; give a folder, a name on the hub such as {PACKAGED_MODEL}, or 'packaged'")
+    if found := from_hub(name):
+        return found, None
+    if not fallback:
+        raise UserError(f"{name} is not in the local cache and the hub does not answer; try 'packaged'")
+    return packaged_model(), (
+        f"wanted {name}, but it is not in the local cache and the hub does not answer; used the packaged"
+        f" {PACKAGED_MODEL} instead. It was trained on English: expect less on Turkish than from the one wanted."
+        " To get that one, run once with a network, or copy its folder here and name it in config.BASE_MODEL"
+    )
+
+
+def from_hub(name: str) -> Path | None:
+    """Return the folder of a model in the hub's local cache, downloaded if need be; None where the hub is silent, too.
+
+    Raises:
+        UserError: the hub has no such model, or it is not complete or not safe to load.
+    """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
@@ -1459,7 +1476,7 @@ def find_model(name: str, fallback: bool) -> tuple[Path, str | None]:
     download = functools.partial(snapshot_download, name, revision=revision, allow_patterns=HUB_PATTERNS)
     cached = None
     try:
-        return check_model(Path(download(local_files_only=True))), None
+        return check_model(Path(download(local_files_only=True)))
     except IncompleteSnapshotError as error:  # another program may have left out what is of no use to it
         cached = Path(error.snapshot_path)
     except (LocalEntryNotFoundError, UserError):
@@ -1470,17 +1487,10 @@ def find_model(name: str, fallback: bool) -> tuple[Path, str | None]:
         except Exception as error:  # what the hub's client and its transport raise has no common name
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(f"{constants.ENDPOINT} has no model {name!r} for us: {reason}") from None
-        return check_model(folder), None
-    if cached:
-        with contextlib.suppress(UserError):
-            return check_model(cached), None
-    if not fallback:
-        raise UserError(f"{name} is not in the local cache and {constants.ENDPOINT} does not answer; try 'packaged'")
-    return packaged_model(), (
-        f"wanted {name}, but it is not in the local cache and the hub does not answer; used the packaged"
-        f" {PACKAGED_MODEL} instead. It was trained on English: expect less on Turkish than from the one wanted."
-        " To get that one, run once with a network, or copy its folder here and name it in config.BASE_MODEL"
-    )
+        return check_model(folder)
+    with contextlib.suppress(UserError):
+        return cached and check_model(cached)
+    return None
 
 
 def answers(address: str, timeout_seconds: float = 5) -> bool:
