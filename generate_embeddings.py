@@ -417,10 +417,7 @@ def embed(
                 with replacing(index_dir / name) as temporary, temporary.open("wb") as file:
                     np.savez(file, hashes=np.array(hashes), vectors=vectors)
             bar.update(len(lot))
-    vectors = np.empty((len(records), len(known[records[0]["hash"]])), dtype=np.float32)
-    for place, record in enumerate(records):
-        vectors[place] = known[record["hash"]]
-    return vectors, len(missing)
+    return np.stack([known[record["hash"]] for record in records], dtype=np.float32), len(missing)
 
 
 def known_vectors(before: "Index", model: dict) -> dict[str, np.ndarray]:
@@ -890,13 +887,19 @@ def scripts_digest() -> str:
     return "".join(sha256_of(here / name)[:16] for name in ("prepare_finetuning_data.py", "run_finetuning.py"))
 
 
-def current_state(documents_root: Path, paths: list[Path], name: str, source: Path) -> dict:
-    """Return what the header of metadata.json says of documents, scripts and model; name: of the model in `source`."""
+def current_state(options: argparse.Namespace, source: Path) -> dict:
+    """Return what the header of metadata.json is to say of documents, settings, scripts, and the model in `source`."""
+    globs = options.documents or config.TARGET_DOCUMENTS
+    paths = find_documents(options.documents_root, globs)
     return {
-        "documents_root": str(documents_root.resolve()),
-        "documents": document_states(documents_root, paths),
+        "globs": wanted_globs(globs),
+        "max_passage_chars": config.MAX_PASSAGE_CHARS,
+        "max_document_mb": config.MAX_DOCUMENT_MB,
+        "faiss_index": config.FAISS_INDEX,
+        "documents_root": str(options.documents_root.resolve()),
+        "documents": document_states(options.documents_root, paths),
         "scripts": scripts_digest(),
-        "model": {"name": name, "fingerprint": model_fingerprint(source)},
+        "model": {"name": options.model, "fingerprint": model_fingerprint(source)},
         "search": read_json(source / "evaluation.json").get("search", {}),
     }
 
@@ -1012,18 +1015,10 @@ def main(argv: list[str] | None = None) -> int:
         if rank:
             encode_for_rank_0(config.DEVICE)
             return 0
-        globs = options.documents or config.TARGET_DOCUMENTS
-        paths = find_documents(options.documents_root, globs)
         if not options.check:
             restore_previous(Path(options.model))
         source, _ = find_model(options.model, fallback=False)
-        wanted = {
-            "globs": wanted_globs(globs),
-            "max_passage_chars": config.MAX_PASSAGE_CHARS,
-            "max_document_mb": config.MAX_DOCUMENT_MB,
-            "faiss_index": config.FAISS_INDEX,
-            **current_state(options.documents_root, paths, options.model, source),
-        }
+        wanted = current_state(options, source)
         reasons = config.printable("; ".join(reasons_to_build(index_dir, wanted)))
         if options.check or not reasons:
             print(f"{index_dir} is " + (f"not current: {reasons}" if reasons else "current"))

@@ -1955,7 +1955,9 @@ def read_asked(options: argparse.Namespace) -> tuple[list[str], dict[str, list[P
     given = [(place, one) for place, one in asked if one.passage.strip()]
     for text, passage in find_answers(given, passages, options.documents_root):
         answers[fold(text)].append(passage)
-    texts = {fold(text): text for text in (" ".join(one.question.split()) for _, one in reversed(asked))}
+    texts: dict[str, str] = {}
+    for _, one in asked:
+        texts.setdefault(fold(text := " ".join(one.question.split())), text)
     distinct = {passage.model_text: passage for passage in reversed(passages)}
     return list(texts.values()), answers, list(distinct.values())
 

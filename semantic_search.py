@@ -299,7 +299,10 @@ def neighbours(index: Index, place: int, count: int) -> list[dict]:
 
 
 def explain(index: Index, place: int, scored: Scored) -> dict:
-    """Return what a result's score is made of: each arm's own score, its standard score, and the words found."""
+    """Return what a result's score is made of: each arm's own score, its standard score, and the words found.
+
+    In keyword mode "standard_keyword" and "combined" are the keyword score itself.
+    """
     exact, stems = passage_terms(index.passages[place])
     found = [word.word for word in scored.words if word.is_in(exact, stems)]
     cosine, weight, combined = scored.cosines.get(place), scored.semantic_weight, scored.ranking.get(place)
@@ -383,7 +386,7 @@ def split_needs(task: str) -> list[str]:
         clauses = (re.split(r"(?<=;)\s+", sentence) for sentence in sentences(text))
         start = True
         for piece in [text] if text and is_row(part) else itertools.chain.from_iterable(clauses):
-            is_item = start and bool(LIST_MARK.match(part.lstrip("\n"))) and ":" not in piece
+            is_item = start and bool(LIST_MARK.match(part)) and ":" not in piece
             is_short = len(piece.split()) < 3 and not IS_UNSPACED.search(piece)
             if pieces and is_short and not (is_item and not pieces[-1].endswith(":")):
                 pieces[-1] += " " + piece
