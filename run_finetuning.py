@@ -59,6 +59,7 @@ from config import (
 )
 from prepare_finetuning_data import (
     CHART_COLOURS,
+    NO_MODEL,
     UNSPACED,
     WINDOW_FILES,
     WORD,
@@ -234,12 +235,13 @@ class HeldOut:
         return [self.passages[place] for place in np.argsort(-scores, kind="stable")[:count]]
 
     def ranks(self, scores: np.ndarray) -> np.ndarray:
-        """Return each query's rank of its best answer, the last of ties, 0 if not among the first ten.
+        """Return each query's rank of its best answer, behind wrong ones as good, 0 if not among the first ten.
 
         Shape (queries,).
         """
-        own = np.array([row[places].max() for row, places in zip(scores, self.answers, strict=True)])
-        ranks = (scores >= own[:, None]).sum(axis=1)
+        of_answers = [row[places] for row, places in zip(scores, self.answers, strict=True)]
+        own = np.array([one.max() for one in of_answers])
+        ranks = (scores >= own[:, None]).sum(axis=1) - [(one == one.max()).sum() - 1 for one in of_answers]
         return np.where((ranks <= 10) & np.isfinite(own), ranks, 0)
 
     @functools.cached_property
@@ -694,13 +696,10 @@ class QueryWord(NamedTuple):
 
 
 def query_words(index: Keywords, query: str) -> list[QueryWord]:
-    """Return the distinct words of a query, less its function words if it has others.
-
-    From MAX_QUERY_WORDS on, names and the words they are made of counted, no more are looked up.
-    """
+    """Return the first MAX_QUERY_WORDS distinct words of a query, less its function words if it has others."""
     words: dict[str, tuple[str, str, int, bool]] = {}
     function_words: set[str] = set()
-    for as_typed, name, parts in words_and_names(query):
+    for as_typed, name, parts in itertools.islice(dict.fromkeys(words_and_names(query)), MAX_QUERY_WORDS):
         as_one, is_id = False, any(map(str.isdigit, as_typed))
         name, kind, holders = known_name(index, name, is_id) if name else ("", "", 0)
         if name and name not in parts:  # not ".close()", which is a word
@@ -711,8 +710,6 @@ def query_words(index: Keywords, query: str) -> list[QueryWord]:
             words.setdefault(part, (*stem_or_beginning(index, part), not as_one))
             if (part if name else as_typed.replace("İ", "i").lower()) in FUNCTION_FORMS:
                 function_words.add(part)
-        if len(words) >= MAX_QUERY_WORDS:
-            break
     total = len(index.lengths)
     found = [
         QueryWord(word, term, kind, holders, math.log((total + 1) / (min(holders, total) + 0.5)) if counts else 0.0)
@@ -1917,6 +1914,8 @@ def decide(judged: HeldOut, tuned: np.ndarray, kept_base: bool, options: argpars
 
 def load_base_and_saved(options: argparse.Namespace) -> tuple:
     """Return the base that the saved model was tuned from, or --base-model, and the saved one; whether it is kept."""
+    if not options.model_dir.is_dir():
+        raise UserError(NO_MODEL.format(options.model_dir))
     saved = load_model(options.model_dir, config.DEVICE)
     evaluation = read_json(options.model_dir / "evaluation.json")
     name = options.base_model or evaluation.get("base", {}).get("used", config.BASE_MODEL)
@@ -2051,16 +2050,19 @@ def tune(options: argparse.Namespace, started: float) -> None:
     if kept_base or result["rejected"]:
         evaluation["trained_on"] = []
     data = read_json(options.data_dir / "data_report.json")
-    data["other_documents"] = bool(data.pop("document_options", []))  # where they lie is nobody else's business
+    document_options = data.pop("document_options", [])  # where they lie is nobody else's business
+    data["other_documents"] = bool(document_options)
     evaluation |= result | {
         "base": {"wanted": wanted, "used": "packaged" if note else wanted, "note": note},
         "data": data,
         "minutes": round((time.perf_counter() - started) / 60, 1),
     }
-    finish(model, evaluation, judged, options)
+    finish(model, evaluation, judged, document_options, options)
 
 
-def finish(model, evaluation: dict, judged: HeldOut, options: argparse.Namespace) -> None:
+def finish(
+    model, evaluation: dict, judged: HeldOut, document_options: Sequence[str], options: argparse.Namespace
+) -> None:
     """Save the model unless the installed one searches better; print the comparison.
 
     The checkpoints of one that is not saved stay, so that --force need not train again.
@@ -2073,8 +2075,7 @@ def finish(model, evaluation: dict, judged: HeldOut, options: argparse.Namespace
         )
     else:
         save_model(model, options.model_dir, evaluation, judged.passages[:64])
-        told = read_json(options.data_dir / "data_report.json").get("document_options", [])
-        following = index_command(options.model_dir, told)
+        following = index_command(options.model_dir, document_options)
         remove(workspace(options.model_dir))
         summary = (
             f"wrote {options.model_dir} in {duration(60 * evaluation['minutes'])}; report.html there shows what was"

@@ -46,6 +46,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -192,18 +193,14 @@ def search(index: Index, query: str, request: Request) -> dict:
     if len(query) > MAX_QUERY_CHARS:
         warn(f"only the first {MAX_QUERY_CHARS:,} of the query's {len(query):,} characters are searched")
     searched = query[:MAX_QUERY_CHARS]
-    if request.mode in ("keyword", "hybrid") and count_words(searched) > MAX_QUERY_WORDS:
+    words = dict.fromkeys(words_and_names(searched))
+    if request.mode in ("keyword", "hybrid") and len(words) > MAX_QUERY_WORDS:
         warn(f"only the first {MAX_QUERY_WORDS} words of the query are looked up; --mode task searches whole texts")
     while True:
         try:
             return {"query": query, "mode": request.mode} | find(index, searched, request)
         except Superseded:  # newer indexes were committed since this one was opened, and its files removed
             index.reopen()
-
-
-def count_words(query: str) -> int:
-    """Return how many distinct words and names query_words has to look up."""
-    return len({one for _, name, words in words_and_names(query) for one in (name, *words) if one})
 
 
 def find(index: Index, query: str, request: Request) -> dict:
@@ -523,9 +520,13 @@ def default_index() -> Index:
     return load_index(config.INDEX_DIR)
 
 
+one_at_a_time = threading.Lock()
+
+
 def search_default(query: str, mode: str, k: int | None, semantic_weight: float | None = None) -> list[dict]:
     request = Request(mode, config.TOP_K if k is None else k, semantic_weight, config.MIN_RELEVANCE)
-    return search(default_index(), query, request)["results"]
+    with one_at_a_time:  # an index is opened bit by bit, and goes over to a newer one while it is searched
+        return search(default_index(), query, request)["results"]
 
 
 def semantic_search(query: str, k: int | None = None) -> list[dict]:
@@ -641,7 +642,7 @@ def excerpt(text: str, words: list[QueryWord], room: int) -> str:
         return shown
     kept = shown[: room - 2]
     words_kept = kept.rpartition(" ")[0]
-    return (words_kept if words_kept.strip("… ") else kept) + " …"  # a text without spaces is cut anywhere
+    return (words_kept if len(words_kept) > room / 2 else kept) + " …"  # where spaces are rare, it is cut anywhere
 
 
 def print_result(console, index: Index, result: dict, words: list[QueryWord]) -> None:
@@ -738,12 +739,11 @@ def compare(index: Index, other: Index, query: str, request: Request) -> dict:
     """Return the answer of one index with the other's; each result has its rank in the other's, searched deeper."""
     deeper = request._replace(top_k=max(request.top_k, SEARCHED_DEEPER))
     answer, second = (search(one, query, deeper) for one in (index, other))
-    lists = answer["results"], second["results"]
-    for one, others in ((answer, lists[1]), (second, lists[0])):
-        one["results"] = with_other_ranks(one["results"][: request.top_k], others)
-    return first_results(answer, request.top_k) | {
-        "other": {"index_dir": str(other.folder), "relevant": second["relevant"], "results": second["results"]}
-    }
+    firsts = [first_results(one, request.top_k) for one in (answer, second)]
+    left = with_other_ranks(firsts[0]["results"], second["results"])
+    right = with_other_ranks(firsts[1]["results"], answer["results"])
+    told = {"index_dir": str(other.folder), "relevant": second["relevant"], "results": right}
+    return firsts[0] | {"results": left, "other": told}
 
 
 def with_other_ranks(results: list[dict], others: list[dict]) -> list[dict]:
@@ -989,10 +989,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script with these arguments, by default the command line's; return the exit status."""
     options, unknown = build_parser().parse_known_args(argv)
     if unknown:
-        argv = sys.argv[1:] if argv is None else argv
-        searched = [word for word in argv if word in (*options.query, *unknown)]
-        words = ["python", "semantic_search.py", *(word for word in argv if word not in searched), "--", *searched]
-        raise UserError(f"{unknown[0]} is no option; to search for it, put -- before the query: {shlex.join(words)}")
+        command = "python semantic_search.py [options] -- your query"
+        raise UserError(f"{unknown[0]} is no option; to search for it, put -- before the query: {command}")
     errors = sys.stderr
     config.set_verbosity(options)
     if options.mode not in MODES:  # argparse looks at options only, not at config.SEARCH_MODE

@@ -32,7 +32,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 import config
 from generate_embeddings import Index, commit, load_index
-from prepare_finetuning_data import find_model, shingles
+from prepare_finetuning_data import find_model, words_of
 
 MODES = ("keyword", "semantic", "hybrid")
 PLAIN_SEARCH = """
@@ -64,9 +64,14 @@ def read_questions(path: Path) -> list[dict]:
 
 def is_answer(result: dict, question: dict) -> bool:
     """Tell whether a result is right: of the answer's file, and one of the two holds most of the other's words."""
-    files, words = [result["source_file"], *result["also_in"]], shingles(result["text"], 3)
-    wanted = (shingles(gold["contains"], 3) for gold in question["gold"] if gold["file"] in files)
-    return any(len(words & own) >= 0.6 * min(len(words), len(own)) for own in wanted)
+    files, words = [result["source_file"], *result["also_in"]], words_of(result["text"])
+    texts = [words_of(gold["contains"]) for gold in question["gold"] if gold["file"] in files]
+
+    def shared(wanted: tuple[str, ...]) -> bool:
+        runs, others = ({one[i : i + 3] for i in range(max(1, len(one) - 2))} for one in (words, wanted))
+        return len(runs & others) >= 0.6 * min(len(runs), len(others))
+
+    return any(f" {' '.join(one)} " in f" {' '.join(words)} " or shared(one) for one in texts if one and words)
 
 
 def answers(index_dir: Path, mode: str, questions: list[dict]) -> list[dict]:
@@ -175,6 +180,8 @@ def main() -> None:
     parser.add_argument("--others", type=Path, metavar="FILE", help="questions that have no answer here")
     parser.add_argument("--queries", type=int, default=200, metavar="N", help="sent through the pipe")
     options = parser.parse_args()
+    if options.others and not options.questions:
+        parser.error("--others needs --questions")
     if options.questions:
         others = read_questions(options.others) if options.others else []
         return report_found(options.index_dir, read_questions(options.questions), others)

@@ -8,9 +8,7 @@ import re
 import shutil
 import signal
 import sqlite3
-import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -938,25 +936,7 @@ def test_a_query_is_cut_as_the_whole_tokenizer_cuts_it(tmp_path, normalized):
     size, _ = generate_embeddings.prepare_pieces(model, tmp_path)
     path = generate_embeddings.pieces_file(tmp_path, model)
     assert path.stat().st_size == size
-    cut = generate_embeddings.QueryTokenizer(path)
-    assert cut(texts) == wanted
-    cut.tokenizer = Yielding(cut.tokenizer)
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(lambda text: cut([text])[0], texts[:40])) == wanted[:40]
-
-
-class Yielding:
-    """A tokenizer that lets another thread go on between being given its pieces and cutting a text."""
-
-    def __init__(self, tokenizer):
-        self.__dict__["own"] = tokenizer
-
-    def __setattr__(self, name, value):
-        setattr(self.own, name, value)
-        time.sleep(0.001)
-
-    def encode(self, text, **settings):
-        return self.own.encode(text, **settings)
+    assert generate_embeddings.QueryTokenizer(path)(texts) == wanted
 
 
 def test_a_search_with_a_multilingual_model_does_not_load_the_whole_vocabulary(built_multilingual, monkeypatch):

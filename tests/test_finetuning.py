@@ -22,6 +22,7 @@ from conftest import REPOSITORY, error_line, exit_status, lock_held, start_scrip
 from sentence_transformers.base.modules import Dense
 
 import config
+import generate_embeddings
 import run_finetuning
 from config import UserError
 from generate_embeddings import load_index
@@ -452,6 +453,13 @@ def test_own_queries_are_compared_by_words_and_by_both_as_the_search_finds_their
         assert 0 < wanted < 1
 
 
+def test_of_several_answers_the_best_counts_and_the_others_do_not_stand_before_it():
+    queries = [Query("a", "one", "question", "a.md"), Query("b", "two", "question", "a.md")]
+    held_out = HeldOut(queries, ["one", "two", "three", "four"], [["one", "two"], ["two"]])
+    assert held_out.ranks(np.array([[5, 5, 1, 1], [5, 5, 5, 1]])).tolist() == [1, 3]
+    assert held_out.ranks(np.array([[1, 4, 4, 5], [1, -np.inf, 1, 1]])).tolist() == [3, 0]
+
+
 def test_documents_shown_beside_queries_do_not_steer_the_terminal(chain, installed, tmp_path, capsys):
     (chain_copy := tmp_path / "documents").mkdir()
     (chain_copy / "a.md").write_text("# A\n\nThe dump \x1b]0;title\x07 is written.\n", encoding="utf-8")
@@ -723,6 +731,19 @@ def test_a_killed_training_is_not_gone_on_with_when_told_so_or_when_it_was_anoth
     assert train(chain.data, installed, chain.base, "--force", *more) == 0
     assert said in capsys.readouterr().err
     assert not run_finetuning.workspace(installed).exists()
+
+
+@pytest.mark.parametrize("more", [["--evaluate-only"], ["--questions", "queries.txt"]])
+def test_a_model_that_is_not_there_yet_is_one_error_with_the_command_that_makes_it(chain, tmp_path, capsys, more):
+    (tmp_path / "queries.txt").write_text("gece yedeği\n", encoding="utf-8")
+    more = [str(tmp_path / word) if word.endswith(".txt") else word for word in more]
+    documents = ["--documents-root", chain.documents, "--documents", "**/*.md", "--data-dir", chain.data]
+    arguments = [*more, *documents, "--model-dir", tmp_path / "model", "--base-model", chain.base]
+    assert exit_status(run_finetuning.main, arguments) == 2
+    line = error_line(capsys.readouterr().err)
+    assert str(tmp_path / "model") in line and "run python run_finetuning.py" in line
+    assert exit_status(generate_embeddings.main, [*documents[:4], "--model", tmp_path / "model"]) == 2
+    assert "run python run_finetuning.py" in error_line(capsys.readouterr().err)
 
 
 def test_one_pair_and_one_epoch_are_trained_on_and_none_at_all_is_one_error(

@@ -167,7 +167,7 @@ def test_a_model_with_damaged_json_is_one_error(chain, tmp_path, capsys, name):
     assert str(folder) in error_line(capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "no-slash", "a/b/c", ""])
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "no-slash", "a/b/c", "", "models/my model", "a/b--c"])
 def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no model at"):
@@ -301,6 +301,7 @@ def hub_with(model: Path, cut_short: str = "") -> Iterator[str]:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
+        server.server_close()
 
 
 def sha1(content: bytes) -> str:
@@ -344,6 +345,21 @@ def test_a_download_from_the_hub_that_breaks_off_is_one_error_and_is_not_used(tm
         done = find_in(tmp_path / "home", HF_ENDPOINT=address)
     assert done.returncode == 2 and NAME in error_line(done.stderr), done.stderr
     assert find_in(tmp_path / "home", **UNREACHABLE).returncode == 2
+
+
+def test_a_copy_that_lacks_what_is_of_no_use_is_taken_where_the_rest_can_not_be_downloaded(
+    tmp_path, tiny_multilingual_model
+):
+    repository, home = shutil.copytree(tiny_multilingual_model, tmp_path / "repository"), tmp_path / "home"
+    (repository / "notes.txt").write_text("of no use " * 100, encoding="utf-8")
+    with hub_with(repository) as address:
+        first = find_in(home, HF_ENDPOINT=address)
+    lacking = Path(first.stdout.strip()) / "notes.txt"
+    lacking.resolve().unlink()
+    lacking.unlink()
+    with hub_with(repository, cut_short="notes.txt") as address:
+        again = find_in(home, HF_ENDPOINT=address)
+    assert (again.returncode, again.stdout) == (0, first.stdout), again.stderr
 
 
 def test_the_commit_of_the_configured_base_is_not_asked_of_another_model(
