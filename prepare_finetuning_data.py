@@ -1493,11 +1493,11 @@ def from_hub(name: str) -> Path | None:
         pass
     if not constants.HF_HUB_OFFLINE and answers(constants.ENDPOINT):
         try:
-            return check_model(Path(download()))
-        except UserError:
-            raise
+            folder = Path(download())
         except Exception as error:  # what the hub's client and its transport raise has no common name
             failure = (str(error) or type(error).__name__).splitlines()[0]
+        else:
+            return check_model(folder)
     with contextlib.suppress(UserError):
         if cached:
             return check_model(cached)

@@ -193,8 +193,7 @@ def search(index: Index, query: str, request: Request) -> dict:
     if len(query) > MAX_QUERY_CHARS:
         warn(f"only the first {MAX_QUERY_CHARS:,} of the query's {len(query):,} characters are searched")
     searched = query[:MAX_QUERY_CHARS]
-    words = dict.fromkeys(words_and_names(searched))
-    if request.mode in ("keyword", "hybrid") and len(words) > MAX_QUERY_WORDS:
+    if request.mode in ("keyword", "hybrid") and len(set(words_and_names(searched))) > MAX_QUERY_WORDS:
         warn(f"only the first {MAX_QUERY_WORDS} words of the query are looked up; --mode task searches whole texts")
     while True:
         try:

@@ -307,6 +307,17 @@ def run_script(name: str, *arguments, stdin: str | None = None, **environment) -
     )
 
 
+def run_code(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run lines of Python as a process of its own, which finds the scripts as modules."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        encoding="utf-8",
+        cwd=REPOSITORY,
+        env=os.environ | environment,
+    )
+
+
 def start_script(name: str, *arguments) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(REPOSITORY / name), *map(str, arguments)],

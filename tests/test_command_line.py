@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY, error_line, run_script
+from conftest import REPOSITORY, error_line, run_code, run_script
 
 import config
 from prepare_finetuning_data import read_corpus, read_pairs
@@ -88,14 +88,7 @@ def test_every_setting_of_config_is_read_by_a_script():
 
 
 def run_main(code: str, **environment) -> subprocess.CompletedProcess:
-    code = f"import config, os, signal, sys\ndef main():\n    {code}\nconfig.run(main)"
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        encoding="utf-8",
-        cwd=REPOSITORY,
-        env=os.environ | environment,
-    )
+    return run_code(f"import config, os, signal, sys\ndef main():\n    {code}\nconfig.run(main)", **environment)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, error_line, exit_status, run_script
+from conftest import error_line, exit_status, run_code, run_script
 
 import config
 import generate_embeddings
@@ -241,13 +241,7 @@ def test_the_configured_base_falls_back_to_the_packaged_model_and_says_so_in_one
         "import config, prepare_finetuning_data as p\n"
         "folder, note = p.find_model(config.BASE_MODEL, fallback=True)\nprint(folder)\nprint(note)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        encoding="utf-8",
-        cwd=REPOSITORY,
-        env=os.environ | UNREACHABLE | {"HF_HOME": str(tmp_path / "home")},
-    )
+    done = run_code(code, **UNREACHABLE, HF_HOME=str(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     folder, note = done.stdout.splitlines()
     assert Path(folder) == packaged_model()
@@ -314,13 +308,7 @@ def sha256(content: bytes) -> str:
 
 def find_in(home: Path, **environment: str) -> subprocess.CompletedProcess:
     code = f"import config, prepare_finetuning_data as p\nconfig.run(lambda: print(p.find_model({NAME!r}, False)[0]))"
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        encoding="utf-8",
-        cwd=REPOSITORY,
-        env=os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": ""} | environment,
-    )
+    return run_code(code, **{"HF_HOME": str(home), "HF_HUB_OFFLINE": ""} | environment)
 
 
 @pytest.mark.parametrize("lacking", [[], ["README.md", "config_sentence_transformers.json"]])
