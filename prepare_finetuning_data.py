@@ -26,6 +26,7 @@ import base64
 import contextlib
 import functools
 import hashlib
+import html
 import importlib.util
 import io
 import itertools
@@ -152,7 +153,7 @@ WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")  # each of their character
 TABLE_RULE = re.compile(r"\s*\|?(?:\s*:?-+:?\s*\|)*\s*:?-+:?\s*\|?\s*")
 LIST_MARK = re.compile(r"^\s*(?:[-*+]\s+(?:\[[ xX]\]\s+)?|\d{1,3}[.)]\s+)")
 HEADING_ATTRIBUTES = re.compile(r"\s*#*\s*\{[:#.][^{}]*\}\s*$")  # "Locks {#locks}", as MkDocs and Pandoc write
-OTHER_MARK = re.compile(r"^\s*(?:>\s?|#{1,6}\s+|```+.*|~~~+.*)")
+OTHER_MARK = re.compile(r"^\s*(?:>\s?|#{1,6}\s+|```+[^`]*$|~~~+.*)")
 HTML_TAG = re.compile(  # a comment begins anew at each "<!--", lest many that never end take quadratic time
     r"<!--(?:(?!<!--).)*?-->|"
     r"</?(?:a|b|br|center|code|details|div|em|h[1-6]|hr|i|img|kbd|li|ol|p|pre|span|strong|sub|summary|sup|table|"
@@ -170,9 +171,15 @@ CODE_NAME = re.compile(
 EMPHASIS = re.compile(  # the stars of "2*3" and "2**10" are none
     r"(?<!\*)(?!(?<=\d)\*+\d)(?:\*+(?=[\w\"'(\[`])|(?<=[\w.!?:;,)\"'\]%…])\*+)|(?<!\w)_+|_+(?!\w)"
 )
-CODE = re.compile(r"^[ \t]*(```+|~~~+).*?(?:^[ \t]*\1|\Z)|(`+)[^`\n]+?\2", re.M | re.S)
-MARKS_IN_CODE = str.maketrans("<>*_", "\ue000\ue001\ue002\ue003")  # stand-ins of Unicode's private use area
-MARKS_AGAIN = str.maketrans("\ue000\ue001\ue002\ue003", "<>*_")
+CODE_OR_ESCAPE = re.compile(
+    r"^[ \t]*(?:(?:[-*+]|\d{1,3}[.)])[ \t]+)*(?P<fence>```+(?=[^`\n]*$)|~~~+).*?(?:^[ \t]*(?P=fence)|\Z)|"
+    r"(?P<mark>`+)[^`\n]+?(?P=mark)|\\(?P<escaped>[!-/:-@\[-`{}~])",  # but "\|", which table_cells reads
+    re.M | re.S,
+)
+# What is no mark of Markdown's, in code or behind a backslash, is stood in for by a character of the private use area.
+MARKS_IN_CODE = {ord(mark): 0xE000 + ord(mark) for mark in "<>*_&"}
+STOOD_FOR = {0xE000 + code: code for code in range(128)}
+ENTITY = re.compile(r"&#?\w+;")
 IMAGE_DATA = re.compile(r"data:[\w/+.-]+;base64,[A-Za-z0-9+/=]+")
 CONTENTS_LINE = re.compile(r"\s*(?:[-*+]|\d+[.)])\s+\[.*\]\(#[^\s)]*\)\s*")  # of a table of contents
 SENTENCE_END = re.compile(
@@ -194,8 +201,7 @@ def plain_text(markdown: str) -> str:
     """Return Markdown without its marks: list items become sentences, a table row "Header: cell; Header: cell."."""
     units: list[str] = []
     header: list[str] = []
-    shielded = CODE.sub(lambda code: code[0].translate(MARKS_IN_CODE), markdown)
-    lines = HTML_TAG.sub(" ", shielded).split("\n")
+    lines = HTML_TAG.sub(" ", CODE_OR_ESCAPE.sub(stood_in, markdown)).split("\n")
     for line, following in itertools.zip_longest(lines, lines[1:], fillvalue=""):
         if "|" in line and "|" in following and TABLE_RULE.fullmatch(following):
             header = table_cells(line)
@@ -212,11 +218,17 @@ def plain_text(markdown: str) -> str:
             else:
                 units[-1] += " " + OTHER_MARK.sub("", line)
     bare = (LINK.sub(r"\1", LINK.sub(r"\1", unit)).replace("`", "") for unit in units)  # twice: a link on an image
-    plain = [" ".join(EMPHASIS.sub("", unit).translate(MARKS_AGAIN).split()) for unit in bare]
+    spelt = (ENTITY.sub(lambda entity: html.unescape(entity[0]), EMPHASIS.sub("", unit)) for unit in bare)
+    plain = [" ".join(unit.translate(STOOD_FOR).split()) for unit in spelt]
     kept = [unit for unit in plain if unit]
     if len(kept) < 2:
         return "".join(kept)
     return " ".join(unit if unit[-1] in ".!?…:;,。！？：；，、।" else unit + "." for unit in kept)
+
+
+def stood_in(found: re.Match) -> str:
+    """Return what CODE_OR_ESCAPE has found with stand-ins for what looks like marks."""
+    return chr(0xE000 + ord(found["escaped"])) if found["escaped"] else found[0].translate(MARKS_IN_CODE)
 
 
 def table_cells(line: str) -> list[str]:
@@ -275,11 +287,16 @@ class Passage(NamedTuple):
 
 
 def text_for_model(heading: Iterable[str], markdown: str, max_heading_chars: int = 120) -> str:
-    """Return what a model reads of a passage: the heading path, shortened from its middle, and the plain text."""
+    """Return what a model reads of a passage: with_heading of its plain text."""
+    return with_heading(heading, plain_text(markdown), max_heading_chars)
+
+
+def with_heading(heading: Iterable[str], text: str, max_heading_chars: int = 120) -> str:
+    """Return a plain text behind its heading path, which is shortened from its middle."""
     path = list(heading)
     while len(path) > 1 and sum(map(len, path)) > max_heading_chars:
         del path[1 if len(path) > 2 else 0]
-    return f"{' > '.join(path)[: 2 * max_heading_chars]}: {plain_text(markdown)}" if path else plain_text(markdown)
+    return f"{' > '.join(path)[: 2 * max_heading_chars]}: {text}" if path else text
 
 
 def read_passages(documents_root: Path, paths: list[Path], max_chars: int, max_mb: float) -> list[Passage]:
@@ -314,12 +331,13 @@ def cut_passages(text: str, source_file: str, max_chars: int) -> list[Passage]:
     return passages
 
 
+YAML_KEY = r"""["']?\w[\w -]{0,30}["']?:(?:[ \t].*)?\n"""
 FRONT_MATTER = re.compile(  # YAML, or TOML
-    r"---\n\w[\w-]*:.*\n(?:\w[\w-]*:.*\n|[ \t#-].*\n|\n)*?(?:---|\.\.\.)[ \t]*(?:\n|\Z)|"
+    rf"---[ \t]*\n(?:#.*\n|\n)*{YAML_KEY}(?:{YAML_KEY}|[ \t#\]}}-].*\n|\n)*?(?:---|\.\.\.)[ \t]*(?:\n|\Z)|"
     r"\+\+\+\n(?:.*\n)*?\+\+\+[ \t]*(?:\n|\Z)"
 )
 HEADING_MARK = re.compile(r"^ {0,3}#{1,6}[ \t]+", re.M)
-TITLE = re.compile(r"""^title\s*[:=]\s*(['"]?)(?P<words>[^\W_].*?)\1\s*$""", re.M)
+TITLE = re.compile(r"""^["']?title["']?[ \t]*[:=][ \t]*(['"]?)(?P<words>[^\W_].*?)\1[ \t]*$""", re.M)
 
 
 @functools.cache
@@ -342,7 +360,7 @@ def cut_sections(text: str, max_chars: int) -> Iterator[list[Block]]:
     if front_matter := FRONT_MATTER.match(text):
         text = "\n" * front_matter[0].count("\n") + text[front_matter.end() :]
         if title := TITLE.search(front_matter[0]):
-            path.append((0, plain_text(title["words"])))
+            path.append((0, plain_heading(title["words"])))
     lines = text.split("\n")
     blocks: list[Block] = []
     for node in SyntaxTreeNode(markdown_parser().parse(text)).children:
@@ -350,8 +368,7 @@ def cut_sections(text: str, max_chars: int) -> Iterator[list[Block]]:
             if blocks:
                 yield blocks
             blocks = []
-            level, title = int(node.tag[1]), plain_text(node.children[0].content)
-            title = HEADING_ATTRIBUTES.sub("", title)
+            level, title = int(node.tag[1]), plain_heading(node.children[0].content)
             path = [(depth, name) for depth, name in path if depth < level and (depth or fold(name) != fold(title))]
             if title:
                 path.append((level, title))
@@ -360,6 +377,11 @@ def cut_sections(text: str, max_chars: int) -> Iterator[list[Block]]:
             blocks += [merge(group) for group in pack(pieces, max_chars)]
     if blocks:
         yield blocks
+
+
+def plain_heading(markdown: str) -> str:
+    """Return a heading's plain text; a number that begins it, as of "2. Hafta", is no list's."""
+    return HEADING_ATTRIBUTES.sub("", plain_text(re.sub(r"^(\d+)([.)])", r"\1\\\2", markdown)))
 
 
 def is_heading(node, lines: list[str]) -> bool:
@@ -400,7 +422,9 @@ def cut_node(node, lines: list[str], heading: tuple[str, ...], max_chars: int) -
             yield from cut_node(child, lines, (*heading, lead) if position and lead else heading, max_chars)
     elif node.type == "table":
         yield from cut_table(lines, start, end, heading, max_chars)
-    elif node.type in ("fence", "html_block"):
+    elif node.type == "fence":
+        yield from cut_fence(node, heading, max_chars)
+    elif node.type == "html_block":
         for number in range(start, end):
             yield from cut_line(Block(heading, number + 1, number + 1, lines[number]), max_chars)
     else:
@@ -409,12 +433,25 @@ def cut_node(node, lines: list[str], heading: tuple[str, ...], max_chars: int) -
 
 
 def cut_table(lines: list[str], start: int, end: int, heading: tuple[str, ...], max_chars: int) -> Iterator[Block]:
-    """Yield a table's rows in groups, each below the table's header."""
+    """Yield a table's rows in groups, each below the table's header, or a header that stands alone, as a box."""
     header = "\n".join(lines[start : start + 2])
+    if end == start + 2:
+        yield from cut_line(Block(heading, start + 1, start + 1, lines[start]), max_chars)
     rows = [Block(heading, number + 1, number + 1, lines[number]) for number in range(start + 2, end)]
     for group in pack(rows, max(max_chars - len(header) - 1, max_chars // 2)):
         rows_text = "\n".join(row.text for row in group)
         yield Block(heading, group[0].start_line, group[-1].end_line, f"{header}\n{rows_text}")
+
+
+def cut_fence(node, heading: tuple[str, ...], max_chars: int) -> Iterator[Block]:
+    """Yield the lines of a fence in groups, each a fence of its own."""
+    opening, ending = f"{node.markup}{node.info}\n", f"\n{node.markup}"
+    numbered = enumerate(node.content.removesuffix("\n").split("\n"), node.map[0] + 2)
+    lines = (Block(heading, number, number, line) for number, line in numbered)
+    room = max(max_chars - len(opening) - len(ending), max_chars // 2)
+    for group in pack(itertools.chain.from_iterable(cut_line(line, room) for line in lines), room):
+        whole = merge(group)
+        yield whole._replace(text=opening + whole.text + ending)
 
 
 def cut_line(block: Block, max_chars: int) -> Iterator[Block]:
@@ -593,7 +630,8 @@ def usable_sections(passages: list[Passage], templates: set[str], min_words: int
             texts = [(plain_text(block), block) for block in passage.blocks]
             own = [(text, block) for text, block in texts if template_key(text) not in templates]
             usable += [(text, block) for text, block in own if len(WORD.findall(text)) >= min_words]
-            kept.append((passage.heading if heading else passage.heading[:-1], " ".join(text for text, _ in own)))
+            below = passage.heading[len(path) :]  # the first words of list items
+            kept.append(((passage.heading if heading else path[:-1] + below), " ".join(text for text, _ in own)))
         if usable:
             paragraphs, blocks = (list(column) for column in zip(*usable, strict=True))
             result.append(Section(source_file, path, heading, kept, paragraphs, blocks))
@@ -652,7 +690,10 @@ def take_sentences(
     words = [len(WORD.findall(piece)) for piece in pieces]
     usable = [i for i, length in enumerate(words) if length >= min_words and sum(words) - length >= min_words]
     chosen = sorted(rng.sample(usable, min(count, len(usable))))
-    return [(pieces[i], text_for_model(heading, " ".join(pieces[:i] + pieces[i + 1 :]))) for i in chosen]
+    return [(pieces[i], with_heading(heading, " ".join(pieces[:i] + pieces[i + 1 :]))) for i in chosen]
+
+
+TYPED = re.compile(rf"[{UNSPACED}]{{2,4}}|[^\W_{UNSPACED}]{{3,}}")  # no words of one or two letters
 
 
 def words_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> Made:
@@ -660,8 +701,8 @@ def words_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> 
     for section in sections:
         longer = [passage for passage in section.passages if len(WORD.findall(passage[1])) > 5]
         for heading, text in longer[:max_pairs]:
-            positive = text_for_model(heading, text)
-            words = [word for word in dict.fromkeys(WORD.findall(positive)) if len(word) > 2]
+            positive = with_heading(heading, text)
+            words = list(dict.fromkeys(TYPED.findall(positive)))
             yield section, " ".join(rng.sample(words, min(len(words), rng.randint(3, 7)))), positive
 
 
@@ -693,7 +734,7 @@ def term_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> M
         for term in [term for term in own if holders[term] == 1][:max_pairs]:
             for heading, text in section.passages:
                 if term in text:
-                    yield section, term, text_for_model(heading, text)
+                    yield section, term, with_heading(heading, text)
                     break
 
 
@@ -724,7 +765,7 @@ def link_pairs(sections: list[Section], max_pairs: int, rng: random.Random) -> M
             file = posixpath.normpath(posixpath.join(posixpath.dirname(section.source_file), path))
             target = targets.get((file if path else section.source_file, slug(anchor)))
             if target is not None and target is not section and len(plain_text(words)) > 3:
-                yield section, plain_text(words), text_for_model(target.path, target.paragraphs[0])
+                yield section, plain_text(words), with_heading(target.path, target.paragraphs[0])
 
 
 def slug(heading: str) -> str:
@@ -862,8 +903,8 @@ def make_queries(
         return True
 
     for question, answers in labelled_answers(labelled, held_out):
-        if len(queries) < max_queries / 2:
-            asks(answers[0], "question", question, " ".join(answers[0].model_text.split()), answers)
+        own = [one for one in answers if one.source_file in held_out and len(queries) < max_queries / 2]
+        any(asks(one, "question", question, " ".join(one.model_text.split()), answers) for one in own)
     drawn = [passage for passage in distinct if passage.source_file in held_out]
     rng.shuffle(drawn)
     holders = find_holders(distinct, held_out)
@@ -875,13 +916,16 @@ def make_queries(
 
 
 def labelled_answers(labelled: list[tuple[str, Passage]], held_out: set[str]) -> Iterator[tuple[str, list[Passage]]]:
-    """Yield each question that a held-out passage answers, once, with all its answers, that passage first."""
+    """Yield each question that a held-out passage answers, once, with all its answers, those with the fewest first.
+
+    Two questions with an answer in common can both be asked where the passage that stays in the corpus answers both.
+    """
     answers: dict[str, list[tuple[str, Passage]]] = defaultdict(list)
     for question, passage in labelled:
         answers[fold(question)].append((question, passage))
-    for own in answers.values():
-        passages = sorted((passage for _, passage in own), key=lambda passage: passage.source_file not in held_out)
-        if passages[0].source_file in held_out:
+    for own in sorted(answers.values(), key=len):
+        passages = [passage for _, passage in own]
+        if any(passage.source_file in held_out for passage in passages):
             yield own[0][0], passages
 
 
@@ -1052,6 +1096,7 @@ def read_test_queries(path: Path) -> list[tuple[str, Question]]:
     rows = [(f"{path}:{number}", Question(unquoted(query), unquoted(passage))) for number, query, _, passage in cut]
     if rows and rows[0][1] == Question._fields:
         del rows[0]
+    rows = [(place, row) for place, row in rows if row.question.strip()]
     if not rows:
         raise UserError(f"{path} holds no query; write one a line")
     return rows
@@ -1070,7 +1115,7 @@ class Answers:
         self.words = functools.cache(lambda passage: words_of(passage.model_text))
         for passage in passages:
             self.by_file[composed(passage.source_file)].append(passage)  # some systems store names decomposed
-            for shingle in shingles(plain_text(passage.text)):
+            for shingle in shingles(plain_text(passage.text)) | shingles(passage.text):  # or as it stands there
                 self.by_shingle[shingle].append(passage)
 
     def find(self, given: str, question: str) -> Passage | None:
@@ -1085,8 +1130,9 @@ class Answers:
         if not (place := PLACE.fullmatch(given)):
             return {}
         file, line = place[1].replace("\\", "/").removeprefix("./"), int(place[2])
-        with contextlib.suppress(ValueError):  # a path that does not lead into the root
-            file = file if file in self.by_file else Path(file).resolve().relative_to(self.root).as_posix()
+        for path in (Path(file).absolute(), Path(file).resolve()):  # the second follows links
+            with contextlib.suppress(ValueError):  # a path that does not lead into the root
+                file = file if file in self.by_file else path.relative_to(self.root).as_posix()
         behind = [passage for passage in self.by_file.get(file, []) if passage.end_line >= line]
         return {one: 0 for one in behind if one.start_line <= max(line, behind[0].start_line)}
 
@@ -1315,22 +1361,36 @@ def ask_endpoint(url: str, model: str, passages: list[Passage], data_dir: Path, 
             answers[row["model"], row["passage"]] = row["question"]
     data_dir.mkdir(parents=True, exist_ok=True)
     chosen = list({plain_text(one.text): one for one in passages if len(one.text) >= 80}.items())
-    rows = []
+    rows, refused = [], None
     with store.open("a", encoding="utf-8") as file:
         for text, passage in tqdm(chosen[:max_candidates], "asking", unit="passage", disable=None):
             if not answers.get((model, text)):
-                answers[model, text] = ask_for_question(url, model, passage)
+                try:
+                    answers[model, text] = ask_for_question(url, model, passage)
+                except Refused as error:
+                    answers[model, text], refused = "", error
                 row = {"model": model, "passage": text, "question": answers[model, text]}
                 file.write("\n" * (store.stat().st_size > 0) + json.dumps(row))
                 file.flush()
             rows.append(Candidate("", answers[model, text], text, passage.source_file))
+    if refused and not any(row.question for row in rows):
+        raise refused
     if lacking := sum(not row.question for row in rows):
         warn(f"{url} gave no question for {lacking} of {len(rows)} passages; run again to ask about them once more")
     return [row for row in rows if row.question]
 
 
+class Refused(UserError):
+    """The server refuses a passage, as by a filter of contents, or all, as for a setting of the request."""
+
+
 def ask_for_question(url: str, model: str, passage: Passage) -> str:
-    """Return one question about a passage, in its language, by the chat completions interface; "" where none comes."""
+    """Return one question about a passage, in its language, by the chat completions interface; "" where none comes.
+
+    Raises:
+        Refused: the server takes no question about this passage.
+        UserError: it does not answer, or not as it should.
+    """
     import urllib.error
     import urllib.request
     from http.client import HTTPException
@@ -1339,8 +1399,8 @@ def ask_for_question(url: str, model: str, passage: Passage) -> str:
         "Write one short question that a colleague would type into a search box and that the passage below answers."
         " Use the passage's own language and other words than its own where you can. Reply with the question alone.\n\n"
     )
-    body = {"model": model, "messages": [{"role": "user", "content": prompt + passage.model_text}], "temperature": 0.3}
-    key = os.environ.get("OPENAI_API_KEY", "-").strip()
+    body = {"model": model, "messages": [{"role": "user", "content": prompt + passage.model_text}]}
+    key = "".join(os.environ.get("OPENAI_API_KEY", "-").split())  # an error about a line break would show it
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
     try:
@@ -1351,11 +1411,13 @@ def ask_for_question(url: str, model: str, passage: Passage) -> str:
         asked = [line for line in lines if line and not line.startswith("```")]
         return next((line for line in asked if line.endswith("?")), asked[0] if asked else "")
     except urllib.error.HTTPError as error:
-        if error.code in (400, 422):  # this passage is refused, as by a filter of contents
-            return ""
-        wait = f" after {seconds} s" if (seconds := error.headers.get("Retry-After")) else ""
+        if error.code in (400, 422):
+            reason = shortened(error.read(2000).decode(errors="replace"), 200)
+            raise Refused(f"{url} refuses every passage ({error}: {reason})") from None
+        seconds = error.headers.get("Retry-After", "")
+        wait = f" after {seconds} s" if seconds.isdigit() else ""
         raise UserError(f"{url} gave no question ({error}); what it has answered is kept, run again{wait}") from None
-    except (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{url} gave no question ({error or type(error).__name__}); what it has answered is kept, run again"
         ) from None
@@ -1403,9 +1465,9 @@ def read_rows(path: Path, row_type: type, may_be_empty: bool = False, remedy: st
             row += [""] * (len(rows[0]) - len(row))
         if len(row) != len(rows[0]) and "".join(row).strip():
             raise UserError(f"{path}:{number}: {len(row)} columns instead of {len(rows[0])}; {remedy}")
-    if len(rows) == 1 and not may_be_empty:
-        raise UserError(f"{path} has no rows; {remedy} with more documents or strategies")
     filled = [(number, row) for number, row in enumerate(rows[1:], 2) if "".join(row).strip()]
+    if not filled and not may_be_empty:
+        raise UserError(f"{path} has no rows; {remedy} with more documents or strategies")
     return [(number, row_type(*(row[place] for place in places))) for number, row in filled]
 
 
@@ -1829,6 +1891,19 @@ def check_settings() -> None:
     config.check_number("MAX_DOCUMENT_MB", 0, float)
 
 
+def check_data_settings() -> None:
+    """Refuse settings of config.py by which no data can be made of the documents."""
+    for name in ("TEMPLATE_DOCUMENTS", "MAX_PAIRS_PER_SECTION", "MAX_EVALUATION_QUERIES", "MAX_QUESTION_CANDIDATES"):
+        config.check_number(name, 0)
+    config.check_number("EVALUATION_SHARE", 0, float)
+    if config.EVALUATION_SHARE >= 1:
+        raise UserError(f"config.EVALUATION_SHARE is {config.EVALUATION_SHARE}; set it to a part of the whole, below 1")
+    strategies = config.PAIR_STRATEGIES
+    if not isinstance(strategies, list | tuple) or not set(strategies) <= STRATEGIES.keys():
+        known = ", ".join(STRATEGIES)
+        raise UserError(f"config.PAIR_STRATEGIES is {strategies!r}; set it to a list of some of {known}")
+
+
 def write_candidates(passages: list[Passage], templates: set[str], options: argparse.Namespace) -> None:
     """Write question_candidates.tsv for a person to mark."""
     path = options.data_dir / "question_candidates.tsv"
@@ -1862,6 +1937,10 @@ def make_data(
     pairs, dropped = make_pairs(passages, held_out, templates, strategies, max_pairs, options.seed, labelled)
     if not pairs:
         raise UserError("no training pairs: too few documents, or too short; give more --documents or --strategy")
+    asked = sum(query.strategy == "question" for query in queries)
+    dropped["labelled questions that others leave no passage for"] = (
+        len(list(labelled_answers(labelled, held_out))) - asked
+    )
     pairs, queries = mark_suggested(pairs, queries, options.data_dir)
     return held_out, pairs, dropped, queries, corpus
 
@@ -1871,6 +1950,7 @@ def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
     config.set_verbosity(options)
     check_settings()
+    check_data_settings()
     if bool(options.question_endpoint) != bool(options.question_model):
         raise UserError("--question-endpoint URL and --question-model NAME, a model of that server, go together")
     paths = find_documents(options.documents_root, options.documents or config.TARGET_DOCUMENTS)

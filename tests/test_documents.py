@@ -214,6 +214,11 @@ def test_plain_text_has_no_marks_and_reads_items_and_table_rows_as_sentences():
         ("bak: [![rozet](a.svg)](b.md) ve [close([done])](c.md#d)", "bak: rozet ve close([done])"),
         ("| **Dikkat:** vana kapalı |\n|---|\n\nsonra", "Dikkat: vana kapalı. sonra."),
         ("| Ad | Yıl |\n|---|---|\n| Oğuz | 1951 |", "Ad: Oğuz; Yıl: 1951"),
+        (r"refresh\_token, KM\-2.1 ve 3 \* 4&nbsp;eder, AT&amp;T", "refresh_token, KM-2.1 ve 3 * 4 eder, AT&T"),
+        ("`&amp;` ve `\\_` yazılır, ?a=1&copy=2", "&amp; ve \\_ yazılır, ?a=1&copy=2"),
+        ("- ```sh\n  run __all__ <b>x</b>\n  ```\n- **kalın** <kbd>Enter</kbd>", "run __all__ <b>x</b>. kalın Enter."),
+        ("> ```\n> a\n> ```\n> **son**", "a son"),
+        ("```uv sync``` **kurar**", "uv sync kurar"),
     ],
 )
 def test_names_numbers_and_what_stands_in_code_keep_their_characters(markdown, plain):
@@ -243,6 +248,9 @@ def test_headings_are_the_path_of_a_passage_and_never_a_passage():
         ("Depo taşınıyor, anahtar Ayşe'de kalacak.\n---\n\n## Sonra\n\nBiz.", ["anahtar Ayşe'de"]),
         ("\n".join(f"{'  ' * depth}- düzey{depth} " + "uzun " * 20 for depth in range(16)), ["düzey15"]),
         ('+++\ntitle = "Başlık"\n+++\n\nMetin burada.', ["Metin burada."]),
+        ("- ```npm install``` kurar\n- ```npm start``` başlatır", ["install", "başlatır"]),
+        ("```uv sync``` kurar.", ["uv sync", "kurar"]),
+        ("İlk.\n\n| **Dikkat:** " + "vana kapalıyken pompa çalışmaz " * 22 + "|\n|---|\n\nSon.", ["Dikkat", "Son."]),
     ],
 )
 def test_nothing_that_is_text_is_lost(markdown, kept):
@@ -251,7 +259,12 @@ def test_nothing_that_is_text_is_lost(markdown, kept):
 
 
 @pytest.mark.parametrize(
-    "front_matter", ["---\ntitle: 'Kurulum: ilk gün'\ntags: [a]\n---", '+++\ntitle = "Kurulum: ilk gün"\n+++']
+    "front_matter",
+    [
+        "---\ntitle: 'Kurulum: ilk gün'\ntags: [a]\n---",
+        '+++\ntitle = "Kurulum: ilk gün"\n+++',
+        '--- \n# of the site\ndate created: 2024-01-02\n"title": Kurulum: ilk gün\ntags: [\n  a\n]\n---',
+    ],
 )
 def test_a_title_in_the_front_matter_heads_the_document_unless_its_heading_says_the_same(front_matter):
     (passage,) = cut_passages(f"{front_matter}\n\n### Açıklama\n\nMetin burada durur.\n", "a.md", MAX_CHARS)
@@ -259,6 +272,20 @@ def test_a_title_in_the_front_matter_heads_the_document_unless_its_heading_says_
     text = f"{front_matter}\n# KURULUM: İlk Gün\n\n## Açıklama\n\nMetin burada durur.\n"
     (passage,) = cut_passages(text, "a.md", MAX_CHARS)
     assert passage.heading == ("KURULUM: İlk Gün", "Açıklama")
+
+
+def test_a_title_that_is_left_empty_is_none():
+    for rest in ("author: Ayşe Kaya", "tags:\n  - a"):
+        (passage,) = cut_passages(f"---\ntitle:\n{rest}\n---\n\n# Vanalar\n\nVana kapanır.\n", "a.md", MAX_CHARS)
+        assert passage.heading == ("Vanalar",)
+
+
+def test_a_number_that_begins_a_heading_belongs_to_it():
+    weeks = "".join(f"## {number}. Hafta\n\nBu hafta {number} vana boyanır.\n\n" for number in (1, 2))
+    found = cut_passages(f"---\ntitle: 2. Dünya Savaşı\n---\n# Plan\n\n{weeks}", "a.md", MAX_CHARS)
+    assert [passage.heading for passage in found] == [
+        ("2. Dünya Savaşı", "Plan", f"{number}. Hafta") for number in (1, 2)
+    ]
 
 
 def test_a_document_of_headings_alone_has_them_as_its_text():
@@ -314,6 +341,18 @@ def test_a_fence_stays_whole_unless_it_is_too_long():
     found = texts_of(f"# A\n\n```\n{long}\n```\n")
     assert len(found) > 1 and max(map(len, found)) <= MAX_CHARS
     assert [word for text in found for word in re.findall(r"line_\d+", text)] == re.findall(r"line_\d+", long)
+
+
+def test_each_piece_of_a_long_fence_is_a_fence():
+    lines = "\n".join(f"  value_{number} = compute(__init__({number}))" for number in range(60))
+    found = cut_passages(f"# A\n\n- ~~~python x\n{lines}\n  ~~~\n\nSonra **kalın**.\n", "a.md", MAX_CHARS)
+    pieces, rest = [passage.text for passage in found[:-1]], found[-1].text
+    assert len(pieces) > 2 and all(text.startswith("~~~python x\n") and text.endswith("\n~~~") for text in pieces)
+    assert rest.endswith("~~~\n\nSonra **kalın**.") and found[-1].model_text.endswith(" Sonra kalın.")
+    assert all(f"__init__({number})" in " ".join(one.model_text for one in found) for number in range(60))
+    assert [passage.text.split("value_")[1].split()[0] for passage in found] == [
+        str(passage.start_line - 4) for passage in found
+    ]
 
 
 def test_a_ragged_table_loses_no_cell():

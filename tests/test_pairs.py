@@ -105,6 +105,25 @@ def test_a_passage_of_five_words_or_fewer_below_a_long_heading_gives_no_words_pa
     assert pairs_of("words", {"a.md": document}) == []
 
 
+def test_words_of_a_script_without_spaces_are_runs_of_its_characters():
+    text = "系统每天凌晨三点自动备份数据库，管理员可以随时恢复数据。"
+    ((anchor, positive),) = pairs_of("words", {"a.md": f"# 手册\n\n{text}\n"})
+    assert positive == f"手册: {text}"
+    assert len(anchor.split()) >= 3 and all(len(word) > 1 and word in positive for word in anchor.split())
+
+
+@pytest.mark.parametrize("strategy", ["sentence", "words", "term", "link"])
+def test_what_stands_in_code_keeps_its_marks_in_a_pair(strategy):
+    text = "Sınıf `__init__` ile kurulur, `<details>` ile katlanır. Bir sonraki cümle `*_m3` dosyalarını anlatır size."
+    link = "# Yol\n\nBu iş [kurulum sayfası](a.md) içinde uzun uzun anlatılır.\n"
+    made = pairs_of(strategy, {"a.md": f"# Araçlar\n\n{text}\n", "b.md": link})
+    own = [pair for pair in made if "Araçlar" in pair[1]]
+    assert own
+    for anchor, positive in own:
+        read = f"{anchor} {positive}" if strategy == "sentence" else positive
+        assert all(name in read for name in ("__init__", "<details>", "*_m3"))
+
+
 def test_an_unknown_strategy_is_wrong_usage(project, capsys):
     assert exit_status(prepare.main, ["--documents-root", project, "--strategy", "magic"]) == 2
     assert "--strategy" in capsys.readouterr().err
@@ -140,6 +159,18 @@ def test_a_heading_that_many_documents_have_is_no_anchor():
         for name in ("apple", "pear", "plum", "fig", "cherry")
     }
     assert not [anchor for anchor, _ in pairs_of("heading", documents) if "Results" in anchor]
+
+
+def test_the_heading_that_many_documents_have_is_left_out_above_the_pieces_of_a_list_too():
+    def items(name: str) -> str:
+        below = "".join(f"  - {name}{number} gives {name} word {number} in turn.\n" for number in range(30))
+        return f"- all the {name} that we have\n{below}"
+
+    names = ("apple", "pear", "plum", "fig", "cherry")
+    documents = {f"{name}.md": f"# About {name}\n\n## Results of the work\n\n{items(name)}" for name in names}
+    made = pairs_of("words", documents)
+    assert any("> all the" in positive for _, positive in made)
+    assert not [positive for _, positive in made if "Results" in positive]
 
 
 def test_a_long_section_is_capped():

@@ -52,6 +52,25 @@ def write_questions(data, questions) -> None:
     (data / "questions.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PAIR_STRATEGIES", ["headings"]),
+        ("PAIR_STRATEGIES", "heading"),
+        ("TEMPLATE_DOCUMENTS", "4"),
+        ("EVALUATION_SHARE", "30%"),
+        ("EVALUATION_SHARE", 30),
+        ("MAX_PAIRS_PER_SECTION", -1),
+        ("MAX_QUESTION_CANDIDATES", "5"),
+        ("MAX_EVALUATION_QUERIES", None),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_one_line(prepare, capsys, monkeypatch, name, value):
+    monkeypatch.setattr(config, name, value)
+    assert prepare("--suggest-questions") == 2
+    assert f"config.{name} is {value!r}" in error_line(capsys.readouterr().err)
+
+
 # ------------------------------------------------------------------------------------------- questions.tsv
 
 
@@ -123,6 +142,44 @@ def test_a_question_whose_answer_stands_in_a_held_out_document_as_well_is_not_tr
         trained = {pair.positive for pair in read_pairs(prepare.data) if pair.strategy == "question"}
         asked = {query.positive for query in read_queries(prepare.data) if query.strategy == "question"}
         assert len(trained | asked) == 1 and not trained & asked
+
+
+def test_questions_with_an_answer_in_common_are_all_asked_and_what_can_not_be_is_told(prepare, capsys):
+    section = "# Nöbet\n\n## {}\n\n{}\n\n"
+    filler = " ".join(f"Kelime{number} başka bir cümlede geçer." for number in range(25))
+    texts = [
+        f"Gece nöbetinde {what}. {filler.replace('Kelime', what)}" for what in ("pompalar", "defterler", "anahtarlar")
+    ]
+    document = prepare.data.parent / "project" / "Docs" / "nobet.md"
+    document.write_text("".join(section.format(f"Bölüm {n}", text) for n, text in enumerate(texts)), encoding="utf-8")
+    lines = [
+        number for number, line in enumerate(document.read_text(encoding="utf-8").split("\n"), 1) if line[:4] == "Gece"
+    ]
+    first, second, third = (f"Docs/nobet.md:{line}" for line in lines)
+    both = [("Gece ne olur?", first), ("Gece ne olur?", second), ("Kim deftere yazar?", second)]
+    write_questions(prepare.data, [*both, ("Anahtarlar nerede?", third), ("Öteki anahtarlar nerede?", third)])
+    for seed in range(20):
+        assert prepare("--seed", seed) == 0
+        printed = capsys.readouterr().out
+        asked = {query.query for query in read_queries(prepare.data) if query.strategy == "question"}
+        if asked:
+            break
+    assert asked == {"Gece ne olur?", "Kim deftere yazar?", "Anahtarlar nerede?", "Öteki anahtarlar nerede?"}
+    assert "0 labelled questions that others leave no passage for dropped" in printed
+    write_questions(
+        prepare.data, [("Ne olur?", first), ("Kim?", second), ("Her ikisi?", first), ("Her ikisi?", second)]
+    )
+    assert prepare("--seed", seed) == 0
+    assert "1 labelled questions that others leave no passage for dropped" in capsys.readouterr().out
+
+
+def test_an_answer_is_found_by_its_row_and_through_a_link(prepare, capsys):
+    documents = prepare.data.parent / "project"
+    (documents / "Docs" / "linked.md").symlink_to(documents / "Planlama" / "kilometre_taslari.md")
+    row = next(line for line in DOCUMENTS["Planlama/kilometre_taslari.md"].split("\n") if "| KM-2.1 |" in line)
+    write_questions(prepare.data, [("Model ne zaman?", row), ("Neresi?", f"{documents}/Docs/linked.md:7")])
+    assert prepare() == 0
+    assert "hold no passage" not in capsys.readouterr().err
 
 
 def test_a_file_whose_name_is_stored_decomposed_is_found_as_it_is_typed(prepare):
@@ -454,6 +511,27 @@ def test_a_passage_that_the_server_has_no_question_for_is_passed_over_and_asked_
 def test_a_server_that_is_not_there_is_one_line(prepare, capsys, arguments):
     assert prepare(*arguments) == 2
     assert "--question" in error_line(capsys.readouterr().err) or "127.0.0.1:9" in str(arguments)
+
+
+def test_a_server_that_refuses_every_passage_is_told_with_its_reason_and_the_suggestions_stay(
+    prepare, server, capsys, monkeypatch
+):
+    monkeypatch.setattr(config, "MAX_QUESTION_CANDIDATES", 3)
+    assert prepare("--suggest-questions") == 0
+    before = candidates(prepare.data)
+    capsys.readouterr()
+    server.replies = dict.fromkeys(range(1, 4), 400)
+    assert prepare("--question-endpoint", server.url, "--question-model", "small") == 2
+    line = error_line(capsys.readouterr().err)
+    assert "Bad Request" in line and '"content": 400' in line
+    assert candidates(prepare.data) == before
+
+
+def test_a_key_with_a_line_break_is_not_shown(prepare, server, capsys, monkeypatch):
+    monkeypatch.setattr(config, "MAX_QUESTION_CANDIDATES", 1)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-first\nsk-second")
+    assert prepare("--question-endpoint", server.url, "--question-model", "small") == 0
+    assert "sk-" not in str(capsys.readouterr())
 
 
 def test_a_server_that_does_not_speak_http_is_one_line(prepare, capsys):
