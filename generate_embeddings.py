@@ -560,6 +560,13 @@ def prune(index_dir: Path, backups: int) -> None:
             remove(path)
 
 
+def is_there(path: Path) -> bool:
+    """Tell whether a file or folder is there; one that this person may not look at is as good as none."""
+    with contextlib.suppress(OSError):
+        return path.exists()
+    return False
+
+
 def has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
@@ -672,8 +679,10 @@ def read_metadata(path: Path, header_only: bool = False) -> tuple[dict, Passages
         raise UserError(damaged(path)) from None
     checksum = zlib.crc32(second)
     unharmed = header_only or header.get("checksum") == f"{zlib.crc32(rest, checksum):08x}"
-    if header.get("header_checksum") != f"{checksum:08x}" or not unharmed or not names_own_files(header):
+    if header.get("header_checksum") != f"{checksum:08x}" or not names_own_files(header):
         raise UserError(damaged(path))
+    if not unharmed:
+        raise UserError(damaged(path, header))
     return header, Passages(first + second + rest)
 
 
@@ -695,11 +704,11 @@ def whole_header(index_dir: Path, path: Path) -> dict:
     return header
 
 
-def damaged(path: Path) -> str:
-    command = build_command(path.parent)
+def damaged(path: Path, header: dict | None = None) -> str:
+    """Return the message about a damaged file of an index; header: what is known of it."""
     if backup_files(path.parent):
-        return f"{path} is damaged; run {command} --restore to go back to the index before"
-    return f"{path} is damaged; run {command} to build it anew"
+        return f"{path} is damaged; run {build_command(path.parent)} --restore to go back to the index before"
+    return f"{path} is damaged; run {build_command(path.parent, header)} to build it anew"
 
 
 def build_command(index_dir: Path, header: dict | None = None) -> str:
@@ -707,12 +716,12 @@ def build_command(index_dir: Path, header: dict | None = None) -> str:
     header, usual = header or {}, build_parser().parse_args([])
     words = ["python", "generate_embeddings.py"]
     root, globs = header.get("documents_root"), header.get("globs")
-    if root and root != str(usual.documents_root.resolve()) and Path(root).is_dir():  # it may have been moved
+    if root and root != str(usual.documents_root.resolve()) and is_there(Path(root)):  # it may have been moved
         words += ["--documents-root", root]
     if globs and globs != wanted_globs(config.TARGET_DOCUMENTS):
         words += [word for glob in globs for word in ("--documents", glob)]
     model = header.get("model", {}).get("name", usual.model)
-    if model != usual.model and (Path(model).exists() or not Path(model).is_absolute()):
+    if model != usual.model and (is_there(Path(model)) or not Path(model).is_absolute()):
         words += ["--model", model]
     return command_for(shlex.join(words), "--index-dir", index_dir, usual.index_dir)
 
@@ -729,7 +738,7 @@ def checked_file(index_dir: Path, header: dict, kind: str) -> Path:
     """Return one of the index's files if it is as it was written."""
     name, size, checksum = header["files"][kind]
     if not is_whole(index_dir / name, size, checksum):
-        raise UserError(damaged(index_dir / name))
+        raise UserError(damaged(index_dir / name, header))
     return index_dir / name
 
 
@@ -750,9 +759,7 @@ class Index:
 
     def reopen(self) -> None:
         """Go over to the index that is current now."""
-        folder = self.folder
-        self.__dict__.clear()
-        self.__init__(folder)
+        self.__dict__ = Index(self.folder).__dict__  # in one step, or not at all
 
     def open_part(self, kind: str, opener: Callable[[Path], object]):
         """Return what opener makes of one of the index's files, or of the folder for the encoder.
@@ -766,7 +773,9 @@ class Index:
         except (UserError, FileNotFoundError, RuntimeError, sqlite3.Error) as error:
             if read_header(self.folder / METADATA)["id"] != self.header["id"]:
                 raise Superseded(f"{self.folder} was built anew meanwhile; search again") from None
-            raise error if isinstance(error, UserError) else UserError(damaged(self.folder / METADATA)) from None
+            if isinstance(error, UserError):
+                raise
+            raise UserError(damaged(self.folder / METADATA, self.header)) from None
 
     @functools.cached_property
     def vectors(self):
@@ -807,8 +816,8 @@ class Index:
 
     def changed_documents(self) -> list[str]:
         """Return the documents that are new, gone or not as they were; none where the index is used without them."""
-        root, known = Path(self.header["documents_root"]), self.header["documents"]
-        if not root.is_dir():
+        root, known = Path(self.header["documents_root"]).resolve(), self.header["documents"]
+        if not is_there(root):
             return []
         found: set[str] = set()
         with contextlib.suppress(OSError):  # a folder that vanishes meanwhile: what else is new is told next time
@@ -894,9 +903,15 @@ def current_state(options: argparse.Namespace, globs: list[str], paths: list[Pat
         "documents_root": str(options.documents_root.resolve()),
         "documents": document_states(options.documents_root, paths),
         "scripts": scripts_digest(),
-        "model": {"name": options.model, "fingerprint": model_fingerprint(source)},
+        "model": {"name": model_name(options.model, source), "fingerprint": model_fingerprint(source)},
         "search": read_json(source / "evaluation.json").get("search", {}),
     }
+
+
+def model_name(given: str, source: Path) -> str:
+    """Return a model's name as --model takes it from whatever folder; source: where the model was found."""
+    folder = Path(given).expanduser().absolute()
+    return str(folder) if folder.resolve() == source.resolve() else given
 
 
 CUT_BY = {  # what passages depend on beside the documents
@@ -952,9 +967,9 @@ def build(index_dir: Path, wanted: dict, source: Path, backups: int, device: str
         del before
     root, limits = Path(wanted["documents_root"]), (wanted["max_passage_chars"], wanted["max_document_mb"])
     records = distinct_passages(root, wanted["documents"], kept, documents_before, *limits)
-    # What changed while it was read is left out of the record, so that the next run reads it again.
+    # What changed while it was read is on record as nothing that a file can be, so that the next run reads it again.
     wanted["documents"] = {
-        name: state for name, state in wanted["documents"].items() if is_untouched(root / name, state)
+        name: state if is_untouched(root / name, state) else [-1, 0, ""] for name, state in wanted["documents"].items()
     }
     vectors, embedded = embed(records, known, model, source, index_dir, device)
     known.clear()  # a million vectors are 1.5 GB: none is to be held twice while FAISS makes its own copy

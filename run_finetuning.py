@@ -510,6 +510,7 @@ IS_UNSPACED = re.compile(f"[{UNSPACED}]")
 CODE_LETTERS = re.compile(r"\A[^\W\d]{3,}(?=\d)")  # of FSTWRN004
 CAMEL = re.compile(r"(?<=[a-zçğıöşü0-9])(?=[A-ZÇĞİÖŞÜ])")
 ENDING = re.compile(r"(?<=\w)(?<!\b[cdjlmnstCDJLMNST])['’][^\W_]+")  # API'nin, don't; not l'utilisateur
+ESCAPE = re.compile(r"\\(?=[!-/:-@\[-`{-~])")  # Markdown's, as of "refresh\_token"
 MAX_QUERY_WORDS = 64
 CANDIDATES = 200  # passages that each of the two arms puts up for the hybrid search
 DEFAULT_SEMANTIC_WEIGHT = 0.3  # where none was fitted
@@ -533,7 +534,7 @@ FUNCTION_FORMS = {form for word in FUNCTION_WORDS.split() for form in (word, fol
 
 def words_and_names(text: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Yield each word or name of a text as it stands, the folded name ("" for a plain word), and its folded words."""
-    for word in WORD_OR_NAME.findall(ENDING.sub(" ", text)):
+    for word in WORD_OR_NAME.findall(ENDING.sub(" ", ESCAPE.sub("", text))):
         yield word, *folded_name_and_words(word)
 
 

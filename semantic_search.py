@@ -55,19 +55,17 @@ import numpy as np
 
 import config
 from config import UserError, printable, replacing
-from generate_embeddings import Index, Superseded, build_command, load_index
+from generate_embeddings import Index, Superseded, build_command, is_there, load_index
 from prepare_finetuning_data import LIST_MARK, TABLE_RULE, composed, plain_text, render, sentences, warn
 from run_finetuning import (
     CANDIDATES,
     IS_UNSPACED,
     MAX_QUERY_WORDS,
-    USUAL_NEARNESS,
     QueryWord,
     combined_scores,
     keyword_scores,
     keyword_terms,
     query_words,
-    relevance,
     standard_scores,
     weight_for_few_words,
     weight_for_query,
@@ -153,6 +151,49 @@ def cosines_of(vectors: np.ndarray, vector: np.ndarray) -> np.ndarray:
     return np.einsum("ij,j->i", vectors, vector)  # for so few, waking the threads of @ takes longer than the product
 
 
+USUAL_NEARNESS = 0.15  # stands in for a model's
+# What counts towards the relevance: nearness, the share of the words held, their number, whether all are, the number of
+# passages, and the constant; the second where the model's base knows the documents' language.
+RELEVANCE = (12.5, 3.05, 3.24, 4.1, -0.2, -5.75)
+RELEVANCE_KNOWN = (24.0, 4.5, 2.4, 7.0, -0.8, -2.8)
+
+
+def relevance(
+    words: list[QueryWord], exact: set[str], stems: set[str], nearness: float, passages: int, known: bool = False
+) -> float:
+    """Return the probability that the passage with these keyword_terms has to do with the query of these words.
+
+    It was fitted by logistic regression on people's questions to eight sets of documents with their tuned models
+    (Turkish planning, regulations and history, English abstracts and software), each against the questions to ten
+    sets; those to documents of a near subject counted for a fifth, and so did words and pairs of words drawn from each
+    set. A query stood by the likeliest of its first five passages. The number of passages counts for less than fitted,
+    and the constant is that by which nine tenths of the planning documents' own questions come to 0.5, or of the
+    English software's where the language is known. README.md tells how far it holds.
+
+    A name that is held counts as the words it is made of, up to four. Of a query of more words than any of those had,
+    more are held by chance: beyond twelve, a word held counts for less.
+
+    nearness: the query's cosine with the passage, less its mean cosine with passages in general: vectors that lie all
+    in one direction, as a language's do that the model does not know, tell nothing.
+    passages: the number that the index has; in more of them, more is found by chance.
+    known: whether the nearness is that of a model whose base knows the documents' language, which tells twice as much.
+    A query without words has 0.
+    """
+    weight = sum(word.weight for word in words)
+    if not weight:
+        return 0.0
+    words = [word for word in words if word.weight]
+    held = [word for word in words if word.is_in(exact, stems)]
+    near = [word for word in words if word not in held and word.is_nearly_in(stems)] if held else []
+    coverage = (sum(word.weight for word in held) + sum(word.weight for word in near) / 2) / weight
+    in_names = sum(min(3, word.term.strip("-").count("-")) for word in held if word.kind == "name")
+    number = (len(held) + in_names + len(near) / 2) * min(1.0, 12 / len(words)) ** 0.5
+    all_held = coverage > 0.99  # a query of a word or two that stand there, whatever its meaning
+    counted = (nearness, coverage, math.log1p(number), all_held, math.log(passages), 1.0)
+    weights = RELEVANCE_KNOWN if known else RELEVANCE
+    return 1 / (1 + math.exp(-sum(one * value for one, value in zip(weights, counted, strict=True))))
+
+
 def relevances(index: Index, searches: list[Scored], place: int) -> list[float]:
     """Return how relevant a passage is to each of the queries, from 0 to 1."""
     exact, stems = passage_terms(index.passages[place])
@@ -185,9 +226,7 @@ def search(index: Index, query: str, request: Request) -> dict:
         UserError: the query is empty, or semantic search lacks the index's model.
     """
     query = composed(query.encode(errors="replace").decode())  # some bytes of a pipe are no UTF-8
-    weight = request.semantic_weight
-    if weight is not None and not 0 <= weight <= 1:
-        raise UserError(f"the weight of the meaning is {weight}; it goes from 0 to 1 (config.SEMANTIC_WEIGHT)")
+    check_request(request)
     if not query.strip():
         raise UserError('the query is empty; give some words, such as: python semantic_search.py "who reviews a task?"')
     if len(query) > MAX_QUERY_CHARS:
@@ -200,6 +239,15 @@ def search(index: Index, query: str, request: Request) -> dict:
             return {"query": query, "mode": request.mode} | find(index, searched, request)
         except Superseded:  # newer indexes were committed since this one was opened, and its files removed
             index.reopen()
+
+
+def check_request(request: Request) -> None:
+    """Refuse numbers that make no sense, whether options, config.py or an importer gave them."""
+    weight, count = request.semantic_weight, request.top_k
+    if weight is not None and not (isinstance(weight, int | float) and 0 <= weight <= 1):
+        raise UserError(f"the weight of the meaning is {weight!r}; it goes from 0 to 1 (config.SEMANTIC_WEIGHT)")
+    if not isinstance(count, int) or count < 1:
+        raise UserError(f"{count!r} is no number of results; the least is 1 (--top-k, config.TOP_K)")
 
 
 def find(index: Index, query: str, request: Request) -> dict:
@@ -229,8 +277,11 @@ def make_results(index: Index, ranking: dict[int, float], searches: list[Scored]
     """Return the top_k distinct passages of a ranking; copies and near-copies are named by the best of them."""
     results: dict[str, dict] = {}
     word_sets: list[tuple[dict, set[str]]] = []
-    best = heapq.nlargest(2 * request.top_k + COPIES_AMONG, ranking.items(), key=operator.itemgetter(1))
-    for place, score in best:
+    looked_through = 0  # since the last result was found
+    for place, score in sorted(ranking.items(), key=operator.itemgetter(1), reverse=True):
+        looked_through += len(results) == request.top_k
+        if looked_through > COPIES_AMONG:
+            break
         passage = index.passages[place]
         text = passage["text"]
         if text in results:
@@ -381,7 +432,9 @@ def split_needs(task: str) -> list[str]:
         text = plain_text(part)
         clauses = (re.split(r"(?<=;)\s+", sentence) for sentence in sentences(text))
         start = True
-        for piece in [text] if text and is_row(part) else itertools.chain.from_iterable(clauses):
+        lines = part.split("\n")
+        is_row = bool(text) and header_of(lines, len(lines) - 1) is not None
+        for piece in [text] if is_row else itertools.chain.from_iterable(clauses):
             is_item = start and bool(LIST_MARK.match(part)) and ":" not in piece
             is_short = len(piece.split()) < 3 and not IS_UNSPACED.search(piece)
             if pieces and is_short and not (is_item and not pieces[-1].endswith(":")):
@@ -475,12 +528,13 @@ def begins_with(line: str, name: str) -> bool:
 def section_of(index: Index, place: int, depth: int) -> list[int]:
     """Return the places of the passages that stand under the first `depth` headings of one, in its document."""
     here = index.passages[place]
-    around = {other: index.passages[other] for other in range(max(0, place - 50), min(len(index.passages), place + 50))}
-    return [
-        other
-        for other, passage in around.items()
-        if passage["source_file"] == here["source_file"] and passage["heading"][:depth] == here["heading"][:depth]
-    ]
+
+    def is_in(other: int) -> bool:
+        passage = index.passages[other]
+        return passage["source_file"] == here["source_file"] and passage["heading"][:depth] == here["heading"][:depth]
+
+    before = itertools.takewhile(is_in, range(place - 1, -1, -1))
+    return [*reversed(list(before)), *itertools.takewhile(is_in, range(place, len(index.passages)))]
 
 
 def lines_about(text: str, name: str) -> tuple[int, str]:
@@ -492,19 +546,28 @@ def lines_about(text: str, name: str) -> tuple[int, str]:
         return 0, ""
     for number in ranks:
         if begins_with(lines[number], name):
-            ranks[number] = 2 if is_row(lines[number]) or LIST_MARK.match(lines[number]) else 1
+            is_item = LIST_MARK.match(lines[number]) or header_of(lines, number) is not None
+            ranks[number] = 2 if is_item else 1
     start = max(ranks, key=ranks.get)
-    if is_row(lines[start]):
-        table = next(number for number in range(len(lines)) if is_row(lines[number]))
+    if (table := header_of(lines, start)) is not None:
         return ranks[start], "\n".join([*lines[table : table + 2], lines[start]])
-    end = start + 1
-    while ranks[start] and end < len(lines) and indent(lines[end]) > indent(lines[start]):
-        end += 1
-    return ranks[start], "\n".join(lines[start:end])
+
+    def goes_on(line: str) -> bool:
+        if ranks[start] == 1:  # a paragraph, to the next line that begins with an ID
+            return bool(line.strip()) and not any(map(str.isdigit, next(words_and_names(line), ("", ""))[1]))
+        return ranks[start] > 0 and (not line.strip() or indent(line) > indent(lines[start]))
+
+    following = itertools.takewhile(goes_on, lines[start + 1 :])
+    return ranks[start], "\n".join([lines[start], *following]).rstrip()
 
 
-def is_row(line: str) -> bool:
-    return line.lstrip().startswith("|")
+def header_of(lines: list[str], number: int) -> int | None:
+    """Return the place of the header of the table that a line is a row of, or None where it is of none."""
+    while number > 1 and "|" in lines[number]:
+        number -= 1
+        if "|" in lines[number] and TABLE_RULE.fullmatch(lines[number]) and "|" in lines[number - 1]:
+            return number - 1
+    return None
 
 
 def indent(line: str) -> int:
@@ -585,7 +648,7 @@ def make_console():
 def openable(index: Index, source_file: str) -> str:
     """Return a document's path as terminals and editors open it: from the current folder, or absolute if outside."""
     path = Path(index.header["documents_root"]) / source_file
-    if not path.is_file():  # the documents have moved since
+    if not is_there(path):  # the documents have moved since
         return source_file
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
@@ -855,7 +918,7 @@ load_other = functools.cache(load_index)
 def piped_queries(shown: bool) -> Iterator[str]:
     """Yield the lines of a pipe; shown: print each before it is searched, so that the answers can be told apart."""
     for line in sys.stdin.buffer:
-        query = line.decode(errors="replace").rstrip("\r\n")
+        query = line.decode(errors="replace").removeprefix("\ufeff").rstrip("\r\n")  # a byte order mark
         if shown:
             print(f"search> {printable(query)}", flush=True)
         yield query
@@ -904,7 +967,14 @@ def remember_lines(path: Path) -> None:
         readline.set_history_length(1000)
         path.touch()
         readline.read_history_file(path)
-        atexit.register(readline.write_history_file, path)
+        atexit.register(save_lines, path)
+
+
+def save_lines(path: Path) -> None:
+    import readline
+
+    with contextlib.suppress(OSError):  # its folder may be gone meanwhile
+        readline.write_history_file(path)
 
 
 def command(index: Index, line: str, request: Request, results: list[dict]) -> Request:
@@ -933,7 +1003,7 @@ def open_in_editor(index: Index, result: dict) -> None:
     if not editor:
         raise UserError("EDITOR is not set; set it, for example: export EDITOR=nano")
     path, line = Path(index.header["documents_root"]) / result["source_file"], int(result["start_line"])
-    if not path.is_file():
+    if not is_there(path):
         raise UserError(f"{path} is gone; run {build_command(index.folder, index.header)}")
     # The path is absolute: to an editor, a file whose name begins with "+" or "-" would be a command.
     is_code = Path(editor[0]).stem in ("code", "codium", "cursor")
@@ -987,15 +1057,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the script with these arguments, by default the command line's; return the exit status."""
     options, unknown = build_parser().parse_known_args(argv)
-    if unknown:
+    if dashed := [word for word in unknown if word.startswith("-")]:
         command = "python semantic_search.py [options] -- your query"
-        raise UserError(f"{unknown[0]} is no option; to search for it, put -- before the query: {command}")
+        raise UserError(f"{dashed[0]} is no option; to search for it, put -- before the query: {command}")
+    options.query += unknown  # words behind an option
     errors = sys.stderr
     config.set_verbosity(options)
     if options.mode not in MODES:  # argparse looks at options only, not at config.SEARCH_MODE
         raise UserError(f"config.SEARCH_MODE is {options.mode!r}; set it to {', '.join(MODES[:-1])} or {MODES[-1]}")
-    if options.top_k < 1:
-        raise UserError(f"--top-k {options.top_k} is too low; the least is 1")
     if not 0 <= options.min_relevance <= 1:
         raise UserError(f"--min-relevance {options.min_relevance} is not from 0 to 1")
     if options.html and not options.compare:
@@ -1004,10 +1073,13 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--html writes a page and --json prints lines; give one of them")
     if options.context < 0:
         raise UserError(f"--context {options.context} is too low; the least is 0")
-    index = load_index(options.index_dir)
+    if options.compare and not options.json and (options.context or options.explain):
+        raise UserError("--compare shows --context and --explain with --json only")
     request = Request(
         options.mode, options.top_k, config.SEMANTIC_WEIGHT, options.min_relevance, options.context, options.explain
     )
+    check_request(request)
+    index = load_index(options.index_dir)
     if changed := index.changed_documents():
         names = ", ".join(changed[:3]) + ", …" * (len(changed) > 3)
         following = build_command(options.index_dir, index.header)

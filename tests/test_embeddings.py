@@ -227,6 +227,31 @@ def test_a_document_that_changes_while_it_is_read_is_read_again_by_the_next_run(
     assert "is current" in built.build()[1].out
 
 
+def test_a_document_that_goes_after_it_changed_while_it_was_read_is_gone_from_the_next_index(built, monkeypatch):
+    path = built.project / "Planlama" / "butce.md"
+    change(built)
+
+    def touched(document, max_mb):
+        text = read_document(document, max_mb)
+        os.utime(document)
+        return text
+
+    monkeypatch.setattr(generate_embeddings, "read_document", touched)
+    assert built.build()[0] == 0
+    monkeypatch.undo()
+    path.unlink()
+    assert load_index(built.index).changed_documents() == ["Planlama/butce.md"]
+    assert "1 documents removed" in built.build()[1].err
+    assert not any(one["source_file"] == "Planlama/butce.md" for one in built.search("yüz algılayıcı ihalede")[1])
+
+
+def test_a_moved_folder_of_documents_that_a_link_leads_to_tells_what_is_new(built):
+    moved = built.project.rename(built.project.with_name("moved"))
+    built.project.symlink_to(moved)
+    (moved / "yeni.md").write_text("# Yeni\n\nBu belge yenidir.\n", encoding="utf-8")
+    assert load_index(built.index).changed_documents() == ["yeni.md"]
+
+
 def test_a_model_that_is_swapped_while_documents_are_embedded_ends_the_build(built, monkeypatch):
     change(built)
     before = snapshot(built.index)

@@ -29,8 +29,8 @@ import generate_embeddings
 import run_finetuning
 import semantic_search
 from config import UserError
-from run_finetuning import USUAL_NEARNESS, QueryWord, query_words, relevance, standard_scores
-from semantic_search import Request, search, share, split_needs
+from run_finetuning import QueryWord, query_words, standard_scores
+from semantic_search import USUAL_NEARNESS, Request, relevance, search, share, split_needs
 
 MODES = ["semantic", "keyword", "hybrid", "task"]
 RESULT_KEYS = {
@@ -244,6 +244,11 @@ def test_each_row_of_a_table_is_one_need_and_its_header_is_none():
         "Görev ID: KM-1; Görev: Vanayı kapat; bekle. Sonra aç",
         "Görev ID: KM-2; Görev: Debiyi ölç",
         "Raporu herkese gönder",
+    ]
+    assert split_needs("Görev | süre\n--- | ---\nKurulum; deneme | 3 gün\nTest | 2 gün\n\nSonra raporu yaz") == [
+        "Görev: Kurulum; deneme; süre: 3 gün",
+        "Görev: Test; süre: 2 gün",
+        "Sonra raporu yaz",
     ]
 
 
@@ -736,6 +741,15 @@ def test_a_missing_model_refuses_semantic_search_alone(index_of, capsys):
         assert printed.err.count("by words alone") == (mode != "keyword")
 
 
+def test_a_search_that_is_stopped_while_it_goes_over_to_a_newer_index_leaves_the_old_one_whole(index_of, monkeypatch):
+    index = index_of(None)
+    before = dict(vars(index))
+    monkeypatch.setattr(generate_embeddings, "read_metadata", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        index.reopen()
+    assert vars(index) == before
+
+
 @pytest.mark.parametrize("searched_before", [False, True])
 def test_an_index_renewed_under_an_open_search_with_another_model_embeds_again(index_of, capsys, searched_before):
     index = index_of(None)
@@ -764,6 +778,17 @@ def test_near_copies_are_one_result_but_rows_that_differ_by_a_number_are_not(ind
     results = semantic_search.search(index_of(documents), "kapaklar boyanır", Request("keyword", 9))["results"]
     assert len(results) == 3
     assert [len(result["near_copies"]) for result in results if result["source_file"] in ("a.md", "b.md")] == [1]
+
+
+def test_near_copies_do_not_crowd_out_other_results(index_of):
+    minutes = "Toplantı tutanağı ve kararlar bu sayfada durur, imzalayan kişi {} olarak her ay aynı yere yazılır."
+    names = [f"{first}{second}" for first in "abcdefghij" for second in "klmnopqrs"]
+    documents = {f"tutanak_{name}.md": f"# Tutanak\n\n{minutes.format(name)}\n" for name in names}
+    documents |= {f"z{n}.md": f"# Not\n\nBaşka bir konu, {n * 'çok '}uzun, toplantı.\n" for n in range(1, 5)}
+    results = semantic_search.search(index_of(documents), "toplantı tutanağı kararlar", Request("keyword", 5))[
+        "results"
+    ]
+    assert len(results) == 5 and len(results[0]["near_copies"]) == len(names) - 1
 
 
 def test_all_places_of_a_text_and_its_near_copies_are_named_though_the_list_is_full(index_of):
@@ -845,6 +870,36 @@ def test_the_row_or_item_that_an_id_begins_is_its_entry_before_what_mentions_it(
         assert "okunur" not in entry["text"] and "yapılamıyor" not in entry["text"]
 
 
+def test_the_entry_of_an_id_is_whole_with_sub_items_wrapped_lines_and_a_table_without_outer_strokes(index_of):
+    loose = "# Liste\n\n- **AG-3.1**: Liste görevi\n\n  - vana sök\n\n  - conta tak\n\n- AG-3.2: başka iş\n"
+    wrapped = "# Metin\n\nAG-4.1: Kurulum yap ve\nsonra test et.\nAG-4.2: Sil.\n"
+    table = "# Pano\n\nID | Görev\n--- | ---\nAG-5.1 | Klavye\nAG-5.2 | Fare\n"
+    index = index_of({"liste.md": loose, "metin.md": wrapped, "pano.md": table})
+    for name, wanted in (
+        ("AG-3.1", "- **AG-3.1**: Liste görevi\n\n  - vana sök\n\n  - conta tak"),
+        ("AG-4.1", "AG-4.1: Kurulum yap ve\nsonra test et."),
+        ("AG-5.1", "ID | Görev\n--- | ---\nAG-5.1 | Klavye"),
+    ):
+        assert semantic_search.find_entry(index, name)[0]["text"] == wanted
+
+
+def test_the_entry_of_an_id_is_its_whole_section_however_long(index_of):
+    steps = "".join(f"Adım {number} burada uzun uzun anlatılır. {'Kelime ' * 70}\n\n" for number in range(130))
+    index = index_of({"plan.md": f"# Plan\n\n## AG-2.1 Büyük iş\n\n{steps}", "not.md": "# Not\n\nAG-2.1 bekliyor.\n"})
+    entry, places = semantic_search.find_entry(index, "AG-2.1")
+    assert entry["start_line"] == 5 and "Adım 0 " in entry["text"] and "Adım 129 " in entry["text"]
+    assert {index.passages[place]["source_file"] for place in places} == {"plan.md"} and len(places) >= 130
+
+
+def test_a_name_with_markdowns_backslashes_is_found(index_of):
+    index = index_of(
+        {"a.md": "# Alan\n\nAlan refresh\\_token ve AG\\-2.1 yenilenir.\n", "b.md": "# B\n\nrefresh; token.\n"}
+    )
+    for query in ("refresh_token", "AG-2.1"):
+        (word,) = [word for word in query_words(index.keywords, query) if word.kind == "name"]
+        assert word.passages == 1
+
+
 # ------------------------------------------------------------------------------------------------ two indexes
 
 
@@ -852,6 +907,58 @@ def test_a_query_that_begins_with_a_dash_gets_a_line_that_tells_how_to_search_fo
     assert exit_status(semantic_search.main, ["--index-dir", chain.index, "--no-cache"]) == 2
     assert "--no-cache is no option" in (line := error_line(capsys.readouterr().err)) and " -- your query" in line
     assert exit_status(semantic_search.main, ["--index-dir", chain.index, "--mode", "keyword", "--", "--bütçe"]) == 0
+
+
+def test_words_on_both_sides_of_an_option_are_one_query(chain, capsys):
+    arguments = ["yedek", "--mode", "keyword", "--index-dir", chain.index, "parça", "payı", "--json"]
+    assert exit_status(semantic_search.main, arguments) == 0
+    assert json.loads(capsys.readouterr().out)["query"] == "yedek parça payı"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_piped_query(chain):
+    done = run_script("semantic_search.py", "--json", "--index-dir", chain.index, stdin="\ufeffbütçe\n")
+    assert json.loads(done.stdout)["query"] == "bütçe"
+
+
+@pytest.mark.parametrize(("name", "value"), [("SEMANTIC_WEIGHT", "0.3"), ("TOP_K", 2.5), ("TOP_K", 0)])
+def test_a_setting_of_the_search_that_makes_no_sense_is_one_line(chain, monkeypatch, capsys, name, value):
+    monkeypatch.setattr(config, name, value)
+    assert exit_status(semantic_search.main, ["--index-dir", chain.index, "bütçe"]) == 2
+    assert f"{value!r}" in (line := error_line(capsys.readouterr().err)) and f"config.{name}" in line
+
+
+def test_fewer_than_one_result_is_refused_to_importers_too(chain, monkeypatch):
+    monkeypatch.setattr(semantic_search, "default_index", lambda: generate_embeddings.load_index(chain.index))
+    with pytest.raises(UserError, match="-1"):
+        semantic_search.keyword_search("bütçe", -1)
+
+
+@pytest.mark.parametrize("option", [["--explain"], ["--context", "1"]])
+def test_what_a_comparison_on_the_screen_can_not_show_is_refused(chain, capsys, option):
+    arguments = ["--index-dir", chain.index, "--compare", chain.index, "--mode", "keyword", "bütçe", *option]
+    assert exit_status(semantic_search.main, arguments) == 2
+    assert "--json" in error_line(capsys.readouterr().err)
+    assert exit_status(semantic_search.main, ["--json", *arguments]) == 0
+
+
+@pytest.mark.parametrize("gone", ["documents", "the folder above them"])
+def test_an_index_whose_documents_may_not_be_looked_at_is_searched(index_of, monkeypatch, capsys, gone):
+    """As those in another person's home; the superuser, who may look everywhere, runs many tests."""
+    index = index_of(None)
+    closed = Path(index.header["documents_root"])
+    stat = Path.stat
+
+    def refused(path, **settings):
+        if path.is_relative_to(closed) and (gone != "documents" or path != closed):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **settings)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    assert exit_status(semantic_search.main, ["--mode", "keyword", "--index-dir", index.folder, "bütçe"]) == 0
+    assert "Planlama/butce.md:" in capsys.readouterr().out
+    assert (
+        "--documents-root" not in generate_embeddings.build_command(index.folder, index.header) or gone == "documents"
+    )
 
 
 def test_two_indexes_are_compared_by_rank(chain, index_of, capsys):
@@ -1082,6 +1189,25 @@ def test_the_command_that_mends_an_index_makes_that_index_again(index_of, capsys
     assert options.documents_root == Path(index.header["documents_root"])
     assert options.documents == index.header["globs"]
     assert (options.model, options.index_dir) == (index.header["model"]["name"], index.folder)
+    (path,) = index.folder.glob("keywords-*.sqlite")
+    path.write_bytes(b"damaged")
+    assert exit_status(semantic_search.main, ["--mode", "keyword", "--index-dir", index.folder, "x"]) == 2
+    told = re.search(
+        r"is damaged; run (python generate_embeddings\.py .*) to build", error_line(capsys.readouterr().err)
+    )
+    assert generate_embeddings.build_parser().parse_args(shlex.split(told[1])[2:]) == options
+    content = (index.folder / "metadata.json").read_bytes()
+    (index.folder / "metadata.json").write_bytes(content[:-20])
+    assert exit_status(semantic_search.main, ["--mode", "keyword", "--index-dir", index.folder, "x"]) == 2
+    assert told[1] in error_line(capsys.readouterr().err)
+
+
+def test_a_model_given_by_a_relative_path_is_named_by_its_whole_one(index_of, monkeypatch, capsys):
+    index = index_of(None)
+    monkeypatch.chdir(index.folder.parent)
+    build = ["--documents-root", index.header["documents_root"], "--documents", "*/*.md", "--model", "model"]
+    assert exit_status(generate_embeddings.main, [*build, "--index-dir", index.folder]) == 0
+    assert generate_embeddings.load_index(index.folder).header["model"]["name"] == str(index.folder.parent / "model")
 
 
 @pytest.mark.parametrize("mode", MODES)
