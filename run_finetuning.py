@@ -335,12 +335,13 @@ def compare(queries: list[Query], base: np.ndarray, tuned: np.ndarray, kept_base
     verdict = "kept-base" if kept_base else "improved" if low > 0 else "worse" if high < 0 else "unchanged"
     if len(queries) < MIN_QUERIES and not kept_base:
         verdict = "unknown"
+    needed = queries_needed(differences)
     kinds, languages = [query.strategy for query in queries], [language(query.positive) for query in queries]
     order = np.argsort(-differences, kind="stable")
     return {
         "verdict": verdict,
         "queries": len(queries),
-        "queries_needed": queries_needed(differences),
+        "queries_needed": needed if verdict == "unknown" or (needed or 0) > len(queries) else None,
         "base": {name: float(values.mean()) for name, values in before.items()},
         "fine_tuned": {name: float(values.mean()) for name, values in after.items()},
         "difference": float(differences.mean()),
@@ -375,7 +376,7 @@ def as_row(query: Query, base: int, tuned: int) -> dict:
 def queries_needed(differences: np.ndarray) -> int | None:
     """Return about how many queries would tell a difference as large as this one from chance (a paired z test).
 
-    None: there is no difference.
+    Of held-out queries, those are meant that decide, the half. None: there is no difference.
     """
     mean, deviation = float(differences.mean()), float(differences.std())
     return max(MIN_QUERIES, math.ceil((1.96 * deviation / mean) ** 2)) if abs(mean) > 1e-9 else None
@@ -389,7 +390,8 @@ def print_comparison(result: dict, quiet: bool = False, summary: str = "") -> No
         print(summary)
     if not result["queries"]:
         print(
-            f"VERDICT unknown: no queries whose answer is known, {MIN_QUERIES} are needed; add documents or questions"
+            f"VERDICT unknown: no queries whose answer is known, of which {MIN_QUERIES} are needed to decide;"
+            " add documents or questions"
         )
         return
     low, high = result["interval_95"]
@@ -830,49 +832,6 @@ def standard_scores(scores: dict[int, float], pool: Iterable[int] | None = None)
     return {place: (score - mean) / deviation for place, score in scores.items()}
 
 
-USUAL_NEARNESS = 0.15  # stands in for a model's
-# What counts towards the relevance: nearness, the share of the words held, their number, whether all are, the number of
-# passages, and the constant; the second where the model's base knows the documents' language.
-RELEVANCE = (12.5, 3.05, 3.24, 4.1, -0.2, -5.75)
-RELEVANCE_KNOWN = (24.0, 4.5, 2.4, 7.0, -0.8, -2.8)
-
-
-def relevance(
-    words: list[QueryWord], exact: set[str], stems: set[str], nearness: float, passages: int, known: bool = False
-) -> float:
-    """Return the probability that the passage with these keyword_terms has to do with the query of these words.
-
-    It was fitted by logistic regression on people's questions to eight sets of documents with their tuned models
-    (Turkish planning, regulations and history, English abstracts and software), each against the questions to ten
-    sets; those to documents of a near subject counted for a fifth, and so did words and pairs of words drawn from each
-    set. A query stood by the likeliest of its first five passages. The number of passages counts for less than fitted,
-    and the constant is that by which nine tenths of the planning documents' own questions come to 0.5, or of the
-    English software's where the language is known. README.md tells how far it holds.
-
-    A name that is held counts as the words it is made of, up to four. Of a query of more words than any of those had,
-    more are held by chance: beyond twelve, a word held counts for less.
-
-    nearness: the query's cosine with the passage, less its mean cosine with passages in general: vectors that lie all
-    in one direction, as a language's do that the model does not know, tell nothing.
-    passages: the number that the index has; in more of them, more is found by chance.
-    known: whether the nearness is that of a model whose base knows the documents' language, which tells twice as much.
-    A query without words has 0.
-    """
-    weight = sum(word.weight for word in words)
-    if not weight:
-        return 0.0
-    words = [word for word in words if word.weight]
-    held = [word for word in words if word.is_in(exact, stems)]
-    near = [word for word in words if word not in held and word.is_nearly_in(stems)] if held else []
-    coverage = (sum(word.weight for word in held) + sum(word.weight for word in near) / 2) / weight
-    in_names = sum(min(3, word.term.strip("-").count("-")) for word in held if word.kind == "name")
-    number = (len(held) + in_names + len(near) / 2) * min(1.0, 12 / len(words)) ** 0.5
-    all_held = coverage > 0.99  # a query of a word or two that stand there, whatever its meaning
-    counted = (nearness, coverage, math.log1p(number), all_held, math.log(passages), 1.0)
-    weights = RELEVANCE_KNOWN if known else RELEVANCE
-    return 1 / (1 + math.exp(-sum(one * value for one, value in zip(weights, counted, strict=True))))
-
-
 # ---------------------------------------------------------------------------------------------- training
 
 
@@ -971,6 +930,12 @@ def plan_batches(
     return plan
 
 
+def dealt_out(batches: list[list[int]]) -> list[list[int]]:
+    """Return the rows that each process takes of each batch in turn: as many, and at least one."""
+    parts = processes()
+    return [rows[rank : len(rows) // parts * parts : parts] or rows[:1] for rows in batches for rank in range(parts)]
+
+
 def mine_negatives(pairs: list[Pair], model) -> list[Pair]:
     """Return the pairs that the model finds a hard negative for, with it.
 
@@ -984,7 +949,7 @@ def mine_negatives(pairs: list[Pair], model) -> list[Pair]:
         return []
     rows = Dataset.from_dict({"anchor": [pair.anchor for pair in pairs], "positive": [pair.positive for pair in pairs]})
     mined = mine_hard_negatives(
-        rows, model, num_negatives=5, range_max=400, relative_margin=0.05, output_format="n-tuple", verbose=False
+        rows, model, num_negatives=5, range_max=400, relative_margin=0.05, output_format="triplet", verbose=False
     )
     keys = dict(zip(((pair.anchor, pair.positive) for pair in pairs), apart_keys(pairs), strict=True))
     of_text: dict[str, frozenset[str]] = {}
@@ -994,10 +959,8 @@ def mine_negatives(pairs: list[Pair], model) -> list[Pair]:
     found = []
     for row in mined:
         texts = (row["anchor"], row["positive"])
-        negatives = [row[name] for name in sorted(row) if name.startswith("negative")]
-        apart = [negative for negative in negatives if keys[texts].isdisjoint(of_text[negative])]
-        if apart and texts in by_texts:
-            found.append(by_texts.pop(texts)._replace(negative=apart[0]))
+        if texts in by_texts and keys[texts].isdisjoint(of_text[row["negative"]]):  # the hardest comes first
+            found.append(by_texts.pop(texts)._replace(negative=row["negative"]))
     print(f"{len(found):,} of {len(pairs):,} pairs have a hard negative, and are trained on", file=sys.stderr)
     return found
 
@@ -1110,7 +1073,7 @@ def training_arguments(options: argparse.Namespace, steps: int, watching: bool, 
         max_steps=steps,
         per_device_train_batch_size=options.batch_size,
         learning_rate=options.learning_rate,
-        warmup_steps=max(1, steps // 10),
+        warmup_steps=steps // 10,  # a first step of such has the learning rate 0
         seed=options.seed,
         eval_strategy="steps" if watching else "no",
         save_strategy="steps",
@@ -1708,15 +1671,17 @@ def plan_steps(rows: int, seconds: float, budget_seconds: float, options: argpar
     wanted = options.max_steps or -(-rows // (options.batch_size * processes()))
     steps = max(1, min(wanted, int(budget_seconds / seconds)))
     note = f" of {wanted} (config.MAX_TRAINING_MINUTES)" if steps < wanted else ""
-    print(f"{steps} steps{note} of {options.batch_size} pairs, about {duration(steps * seconds)}", file=sys.stderr)
+    pairs = options.batch_size * processes()
+    print(f"{steps} steps{note} of {pairs} pairs, about {duration(steps * seconds)}", file=sys.stderr)
     return steps
 
 
-def search_with_base(model, judged: HeldOut, watched: HeldOut) -> float:
+def search_with_base(model, judged: HeldOut, watched: HeldOut, model_dir: Path) -> float:
     """Search with the base in the first process; return the seconds that evaluation will take.
 
     Counted are the corpus, SPREAD_PAIRS and twice the watched passages, for the spreading, and all this again where the
-    model may yet step back; and the watched passages nine times cut as in training (four checkpoints, five mixtures).
+    model may yet step back; the watched passages nine times cut as in training (four checkpoints, five mixtures); and
+    the corpus again for an installed model that was compared on other queries (worse_than_installed).
     """
     if not is_first_process():
         return 0.0
@@ -1729,7 +1694,9 @@ def search_with_base(model, judged: HeldOut, watched: HeldOut) -> float:
     took = 1.2 * (time.perf_counter() - started)  # a fifth more for saving, and in case the machine gets busier
     times = 1 if knows_language(judged) else 2
     texts = (2 * times + 9 * cut) * len(watched.passages) + times * SPREAD_PAIRS
-    seconds = took * (times + texts / max(1, len(judged.passages)))
+    compared_on = read_json(model_dir / "evaluation.json").get("held_out", {}).get("fingerprint")
+    again = (model_dir / "modules.json").exists() and compared_on != judged.fingerprint()
+    seconds = took * (times + again + texts / max(1, len(judged.passages)))
     print(f"evaluation will take about {duration(seconds)}, besides the training:", file=sys.stderr)
     return seconds
 
@@ -1742,7 +1709,7 @@ def run_identity(options: argparse.Namespace, base_folder: Path) -> str:
     names = ("training_data.tsv", "evaluation_data.tsv", "corpus.tsv")
     parts = [sha256_of(options.data_dir / name) for name in names] + [getattr(options, name) for name in SETTINGS]
     parts += [config.TRAINING_TOKENS, config.QUESTION_WEIGHT, config.MAX_UNLABELLED_STEPS, config.WATCHED_PASSAGES]
-    parts += [processes(), model_fingerprint(base_folder)]
+    parts += [config.MAX_TRAINING_MINUTES, processes(), model_fingerprint(base_folder)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -1758,12 +1725,12 @@ def check_options(options: argparse.Namespace) -> None:
         raise UserError(f"config.LOSS is {options.loss!r}; set it to mnrl or triplet")
     if not 0 < options.learning_rate <= 1:
         raise UserError(f"--learning-rate {options.learning_rate} is not above 0 and at most 1; try {2e-5}")
-    target = options.model_dir.resolve()
+    target, base = options.model_dir.resolve(), options.base_model or config.BASE_MODEL
     if not options.model_dir.name:
         raise UserError(f"--model-dir {options.model_dir} has no name of its own; name a folder in it")
-    if options.base_model and Path(options.base_model).resolve() == target:
+    if Path(base).expanduser().resolve() in (target, previous(target)):
         raise UserError(
-            f"--base-model {options.base_model} is the --model-dir too; name another folder for one of them"
+            f"the base model {base} is the --model-dir too, or its predecessor; name another folder for one of them"
         )
     for folder in (target, previous(target)):
         if folder.exists() and not (folder / "modules.json").exists() and (folder.is_file() or any(folder.iterdir())):
@@ -1793,11 +1760,11 @@ def fine_tune(
         print(f"{len(pairs):,} pairs, {len(rows):,} times trained on", file=sys.stderr)
         planned = plan_steps(len(rows), step_seconds, deadline - time.perf_counter(), options)
         write_workspace(workspace(options.model_dir), identity, planned)
-    steps = from_first_process(planned)
-    together = plan_batches(rows, apart_keys(pairs), options.batch_size * processes(), steps, options.seed)
-    parts = processes()  # all of them get as many rows
-    batches = [rows[rank : len(rows) // parts * parts : parts] for rows in together for rank in range(parts)]
-    trained = train(model, columns, batches, watched, deadline, options)
+    batch_size, steps = options.batch_size * processes(), from_first_process(planned)
+    together = plan_batches(rows, apart_keys(pairs), batch_size, steps, options.seed)
+    if options.loss == "mnrl" and max(map(len, together)) == 1 and is_first_process():
+        warn("no two pairs may share a batch, so that nothing is learnt; give documents with more headings")
+    trained = train(model, columns, dealt_out(together), watched, deadline, options)
     alpha, alphas = choose_weights(model, base_weights, watched) if is_first_process() else (1.0, {})
     model.max_seq_length = window
     return {
@@ -1806,14 +1773,20 @@ def fine_tune(
         "settings": {name: getattr(options, name) for name in SETTINGS} | {"training_tokens": config.TRAINING_TOKENS},
         "letters_read_plainly": mended,
         "pairs": len(pairs),
+        "batch_pairs": max(map(len, together)),
         **trained,
         "trained_on": sorted({pair.source_file for pair in pairs}),
         "alpha": alpha,
         "nDCG@10_by_alpha": alphas,
         "versions": {name: metadata.version(name) for name in ("sentence-transformers", "transformers", "torch")},
-        "machine": f"{platform.platform()}, {os.cpu_count()} CPUs, {processes()} x {model.device}"
-        + ", training in bfloat16" * has_bfloat16(model.device.type),
+        "machine": machine(model.device),
     }
+
+
+def machine(device) -> str:
+    """Return what a training ran on; device: a torch.device."""
+    system = f"{platform.platform()}, {os.cpu_count()} CPUs, {processes()} x {device}"
+    return system + ", training in bfloat16" * has_bfloat16(device.type)
 
 
 def refuse_lesser_base(options: argparse.Namespace, note: str | None) -> None:
@@ -1890,7 +1863,7 @@ def settle(
         tuned, spread = spread_out(model, judged, watched, pairs, POWER)
         halves = (judged.ranks(scores)[CHOOSING] for scores in (judged.base, tuned))
         verdict = compare(judged.queries[CHOOSING], *halves, False, options.seed)["verdict"]
-        reason = "no clear gain" if verdict in ("unchanged", "unknown") else None
+        reason = None if verdict == "improved" else "no clear gain"
     if reason:
         print(f"staying near the base: {reason}", file=sys.stderr)
         keep_modules(model, trained)
@@ -1919,9 +1892,13 @@ def load_base_and_saved(options: argparse.Namespace) -> tuple:
         raise UserError(NO_MODEL.format(options.model_dir))
     saved = load_model(options.model_dir, config.DEVICE)
     evaluation = read_json(options.model_dir / "evaluation.json")
-    name = options.base_model or evaluation.get("base", {}).get("used", config.BASE_MODEL)
+    tuned_from = evaluation.get("base", {}).get("used")
+    name = options.base_model or tuned_from
+    if not name:
+        file = options.model_dir / "evaluation.json"
+        raise UserError(f"{file} does not tell what the model was tuned from; name it with --base-model")
     base = load_model(find_model(name, fallback=False)[0], config.DEVICE)
-    kept_base = evaluation.get("comparison", {}).get("verdict") == "kept-base" and name == evaluation["base"]["used"]
+    kept_base = evaluation.get("comparison", {}).get("verdict") == "kept-base" and name == tuned_from
     return base, saved, kept_base
 
 
@@ -2029,6 +2006,11 @@ def tune(options: argparse.Namespace, started: float) -> None:
     """Train, evaluate, save and tell; started: when the script was, in seconds of time.perf_counter."""
     judged, watched = read_held_out(options)
     pairs = read_pairs(options.data_dir)
+    if {pair.source_file for pair in pairs} & {query.source_file for query in judged.queries}:  # of a killed run, say
+        raise UserError(
+            f"the training pairs and the held-out queries in {options.data_dir} do not belong together;"
+            " run prepare_finetuning_data.py again"
+        )
     wanted = options.base_model or config.BASE_MODEL
     base_folder, note = find_model(wanted, fallback=options.base_model is None)
     if note:
@@ -2038,7 +2020,7 @@ def tune(options: argparse.Namespace, started: float) -> None:
     identity = run_identity(options, base_folder)
     planned = claim_workspace(workspace(options.model_dir), identity, options.fresh) if is_first_process() else 0
     model = load_model(base_folder, config.DEVICE)
-    evaluation_seconds = search_with_base(model, judged, watched)
+    evaluation_seconds = search_with_base(model, judged, watched, options.model_dir)
     deadline = started + config.MAX_TRAINING_MINUTES * 60 - evaluation_seconds
     evaluation = fine_tune(model, pairs, watched, planned, deadline, identity, options)
     if not is_first_process():

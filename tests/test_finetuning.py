@@ -399,7 +399,7 @@ def test_own_queries_without_answers_are_shown_without_a_comparison(chain, insta
     assert capsys.readouterr().out.count("\n") == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"\n  \n", b"question\tpassage\n", b"\xff\xfe", None])
+@pytest.mark.parametrize("content", [b"", b"\n  \n", b"question\tpassage\n", b"\xff\xfe", b"\ta.md:3\n", None])
 def test_a_file_of_own_queries_that_holds_none_is_one_line(chain, installed, tmp_path, capsys, content):
     path = tmp_path / "queries.txt"
     if content is not None:
@@ -544,6 +544,13 @@ def test_triplets_are_mined_where_the_pairs_have_no_negative(chain, tmp_path):
     columns = {"anchor": ["the anchor"], "positive": ["the positive"], "negative": ["the negative"]}
     assert run_finetuning.training_columns(pairs) == columns
     assert list(run_finetuning.training_columns([pairs[0]._replace(negative=""), *pairs])) == ["anchor", "positive"]
+
+
+@pytest.mark.parametrize("count", [4, 5, 10])
+def test_few_pairs_have_their_negatives_too(tiny_model, count):
+    texts = [" ".join(f"w{place}{number}" for number in range(8)) for place in range(count)]
+    pairs = [Pair(text, f"{text} son", "", "heading", f"{place}.md") for place, text in enumerate(texts)]
+    assert len(run_finetuning.mine_negatives(pairs, load_model(tiny_model, "cpu"))) == count
 
 
 def test_a_mined_negative_stays_below_95_percent_of_its_positives_similarity(chain, capsys):
@@ -749,9 +756,12 @@ def test_a_model_that_is_not_there_yet_is_one_error_with_the_command_that_makes_
 def test_one_pair_and_one_epoch_are_trained_on_and_none_at_all_is_one_error(
     chain, unjudged, tmp_path, monkeypatch, capsys
 ):
-    write_tsv(unjudged / "training_data.tsv", read_pairs(unjudged)[:1], Pair._fields)
-    assert train(unjudged, tmp_path / "model", chain.base, "--epochs", 1) == 0
-    capsys.readouterr()
+    pair = Pair("the anchor", "the positive", "the negative", "heading", "a.md")
+    write_tsv(unjudged / "training_data.tsv", [pair], Pair._fields)
+    assert train(unjudged, tmp_path / "model", chain.base, "--epochs", 1, "--learning-rate", 0.01) == 0
+    assert "no two pairs may share a batch" in capsys.readouterr().err
+    weights, before = (load_model(folder, "cpu").state_dict() for folder in (tmp_path / "model", chain.base))
+    assert any(not torch.equal(weights[name], before[name]) for name in before), "the only step is a step"
     monkeypatch.setattr(config, "MAX_UNLABELLED_STEPS", 0)
     assert train(unjudged, tmp_path / "other", chain.base, "--fresh") == 2
     assert "MAX_UNLABELLED_STEPS" in error_line(capsys.readouterr().err)
@@ -766,6 +776,59 @@ def test_the_next_command_names_the_documents_that_the_pairs_were_made_of_and_th
     assert shlex.split(told) == [*documents, "--model", str(chain.model)]
     for name in ("evaluation.json", "README.md", "report.html"):
         assert str(chain.documents) not in (chain.model / name).read_text(encoding="utf-8")
+
+
+def test_training_and_held_out_data_of_two_runs_are_refused(chain, tmp_path, capsys):
+    shutil.copytree(chain.data, tmp_path / "data")
+    pairs = read_pairs(chain.data)
+    of_held_out = pairs[0]._replace(source_file=read_queries(chain.data)[0].source_file)
+    write_tsv(tmp_path / "data" / "training_data.tsv", [*pairs, of_held_out], Pair._fields)
+    assert train(tmp_path / "data", tmp_path / "model", chain.base) == 2
+    assert "run prepare_finetuning_data.py again" in error_line(capsys.readouterr().err)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_table_of_empty_lines_has_no_rows(unjudged, chain, tmp_path, capsys):
+    path = unjudged / "training_data.tsv"
+    path.write_text(path.read_text(encoding="utf-8").split("\n")[0] + "\n\n", encoding="utf-8")
+    assert train(unjudged, tmp_path / "model", chain.base) == 2
+    assert f"{path} has no rows" in error_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("rows", [[[7]], [[1, 2, 3]], [[1, 2], [3, 4], [5]]])
+def test_two_processes_have_as_many_pairs_of_each_batch_and_at_least_one(monkeypatch, rows):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    dealt = run_finetuning.dealt_out(rows)
+    assert len(dealt) == 2 * len(rows)
+    for own, first, second in zip(rows, dealt[::2], dealt[1::2], strict=True):
+        assert len(first) == len(second) > 0 and {*first, *second} <= {*own}
+
+
+def test_a_longer_time_limit_plans_an_interrupted_training_anew(chain, monkeypatch):
+    options = run_finetuning.build_parser().parse_args(["--data-dir", str(chain.data)])
+    before = run_finetuning.run_identity(options, chain.base)
+    assert run_finetuning.run_identity(options, chain.base) == before
+    monkeypatch.setattr(config, "MAX_TRAINING_MINUTES", 600)
+    assert run_finetuning.run_identity(options, chain.base) != before
+
+
+def test_a_base_in_the_place_of_the_model_or_of_its_predecessor_is_refused(chain, installed, monkeypatch, capsys):
+    shutil.copytree(installed, installed.with_name(f"{installed.name}.previous"))
+    for base in (installed, f"{installed}.previous"):
+        assert train(chain.data, installed, base) == 2
+        assert f"the base model {base} is" in error_line(capsys.readouterr().err)
+    monkeypatch.setattr(config, "BASE_MODEL", str(installed))
+    assert exit_status(run_finetuning.main, ["--data-dir", chain.data, "--model-dir", installed]) == 2
+    assert "the base model" in error_line(capsys.readouterr().err)
+
+
+def test_a_model_that_does_not_tell_its_base_is_compared_with_a_named_one_alone(chain, installed, capsys):
+    path = installed / "evaluation.json"
+    path.write_text(path.read_text(encoding="utf-8")[:200], encoding="utf-8")
+    arguments = ["--data-dir", chain.data, "--model-dir", installed, "--evaluate-only"]
+    assert exit_status(run_finetuning.main, arguments) == 2
+    assert f"{path} does not tell" in (line := error_line(capsys.readouterr().err)) and "--base-model" in line
+    assert exit_status(run_finetuning.main, [*arguments, "--base-model", chain.base]) == 0
 
 
 def test_two_processes_train_one_model_and_the_first_writes_it(chain, tmp_path):
@@ -867,6 +930,8 @@ def test_where_two_models_find_the_same_no_number_of_queries_is_said_to_tell_the
     ranks = np.array([1, 0] * 40)
     result = compare(queries_of(80), ranks, ranks, False, 1)
     assert result["verdict"] == "unchanged" and result["queries_needed"] is None
+    skewed = compare(queries_of(30), np.array([3] * 25 + [1, *[5] * 4]), np.array([2] * 25 + [0, *[5] * 4]), False, 1)
+    assert skewed["verdict"] == "unchanged" and skewed["queries_needed"] is None
     ranks = np.arange(100) % 10 + 1
     assert compare(queries_of(100), ranks, ranks[::-1], False, 1)["queries_needed"] is None
     run_finetuning.print_comparison(result)
@@ -971,7 +1036,9 @@ def test_a_model_that_searches_worse_than_the_base_is_not_shipped(chain, tmp_pat
     assert told["alpha"] == 0 and not told["spread"] and told["rejected"]["verdict"] == "worse"
 
 
-def test_the_time_of_a_second_search_is_kept_free_only_where_the_model_may_yet_step_back(chain, monkeypatch, capsys):
+def test_the_time_of_a_second_search_is_kept_free_only_where_the_model_may_yet_step_back(
+    chain, tmp_path, monkeypatch, capsys
+):
     judged = HeldOut(queries_of(80), [f"answer {i}" for i in range(80)])
     model = load_model(chain.base, "cpu")
     seconds = []
@@ -980,10 +1047,13 @@ def test_the_time_of_a_second_search_is_kept_free_only_where_the_model_may_yet_s
         monkeypatch.setattr(run_finetuning.time, "perf_counter", lambda clock=clock: next(clock))
         monkeypatch.setattr(run_finetuning, "language_share", lambda judged, share=share: share)
         monkeypatch.setattr(HeldOut, "similarities", lambda held_out, model: np.eye(80, dtype=np.float32))
-        seconds.append(run_finetuning.search_with_base(model, judged, judged))
+        seconds.append(run_finetuning.search_with_base(model, judged, judged, tmp_path / "none"))
+    clock = iter([0.0, 10.0])
+    monkeypatch.setattr(run_finetuning.time, "perf_counter", lambda: next(clock))
+    seconds.append(run_finetuning.search_with_base(model, judged, judged, chain.model))  # compared on other queries
     capsys.readouterr()
     once = 12 * (3 + run_finetuning.SPREAD_PAIRS / 80)  # the corpus and twice the watched passages, which are the same
-    assert seconds == [pytest.approx(2 * once + 12 * 9), pytest.approx(once + 12 * 9)]
+    assert seconds == pytest.approx([2 * once + 12 * 9, once + 12 * 9, once + 12 * 10])
 
 
 @pytest.mark.parametrize(
@@ -1017,7 +1087,20 @@ def test_the_model_stays_near_a_base_that_knows_the_language_and_where_no_gain_i
     assert told["alpha"] == (run_finetuning.CAUTIOUS_ALPHA if reason else 1)
     assert_same_embeddings(tmp_path / "model", TEXTS)
     report = (tmp_path / "model" / "report.html").read_text(encoding="utf-8")
-    assert ("stay near the base" in report) == bool(reason)
+    assert ("the base is to stay" in report) == bool(reason)
+
+
+def test_the_model_steps_back_before_it_is_rejected_where_it_clearly_finds_less(chain, tmp_path, monkeypatch):
+    data, used = judged_models(monkeypatch, chain, tmp_path, 0.9, 0.1), []
+
+    def spread_out(model, judged, watched, pairs, power):
+        used.append(power)
+        return judged.similarities(model), False
+
+    monkeypatch.setattr(run_finetuning, "spread_out", spread_out)
+    monkeypatch.setattr(run_finetuning, "language_share", lambda judged: 0.3)
+    assert train(data, tmp_path / "model", chain.base) == 0
+    assert used == [0.5, 0.25] and evaluation_of(tmp_path / "model")["comparison"]["verdict"] == "kept-base"
 
 
 def test_stepping_back_mixes_the_weights_with_those_of_the_base(tiny_model):
