@@ -499,12 +499,13 @@ def find_entry(index: Index, task: str) -> tuple[dict | None, set[int]]:
     names = [name for _, name, _ in words_and_names(task)]
     if len(names) != 1 or not names[0] or not any(map(str.isdigit, names[0])):
         return None, set()
-    entries = []
+    entries, walked = [], set()
     for place in keyword_scores(index.keywords, query_words(index.keywords, task), CANDIDATES)[0]:
         passage = index.passages[place]
         for depth, title in enumerate(passage["heading"], 1):
-            if first_name(title) == names[0]:
+            if (place, depth) not in walked and first_name(title) == names[0]:
                 places = section_of(index, place, depth)
+                walked |= {(other, depth) for other in places}
                 texts = [title, *(index.passages[one]["text"] for one in places)]
                 entries.append((4 if begins_with(title, names[0]) else 3, "\n".join(texts), places))
         entries.append((*lines_about(passage["text"], names[0]), [place]))
@@ -552,12 +553,12 @@ def lines_about(text: str, name: str) -> tuple[int, str]:
     if (table := header_of(lines, start)) is not None:
         return ranks[start], "\n".join([*lines[table : table + 2], lines[start]])
 
-    def goes_on(line: str) -> bool:
+    def belongs(line: str) -> bool:
         if ranks[start] == 1:  # a paragraph, to the next line that begins with an ID
             return bool(line.strip()) and not any(map(str.isdigit, next(words_and_names(line), ("", ""))[1]))
         return ranks[start] > 0 and (not line.strip() or indent(line) > indent(lines[start]))
 
-    following = itertools.takewhile(goes_on, lines[start + 1 :])
+    following = itertools.takewhile(belongs, lines[start + 1 :])
     return ranks[start], "\n".join([lines[start], *following]).rstrip()
 
 
