@@ -1731,6 +1731,7 @@ def check_options(options: argparse.Namespace) -> None:
     if Path(base).expanduser().resolve() in (target, previous(target)):
         raise UserError(
             f"the base model {base} is the --model-dir too, or its predecessor; name another folder for one of them"
+            " (--base-model, config.BASE_MODEL)"
         )
     for folder in (target, previous(target)):
         if folder.exists() and not (folder / "modules.json").exists() and (folder.is_file() or any(folder.iterdir())):
