@@ -171,9 +171,10 @@ CODE_NAME = re.compile(
 EMPHASIS = re.compile(  # the stars of "2*3" and "2**10" are none
     r"(?<!\*)(?!(?<=\d)\*+\d)(?:\*+(?=[\w\"'(\[`])|(?<=[\w.!?:;,)\"'\]%…])\*+)|(?<!\w)_+|_+(?!\w)"
 )
+ESCAPE = re.compile(r"\\(?=[!-/:-@\[-`{-~])")  # of a character that would be a mark, as in "refresh\_token"
 CODE_OR_ESCAPE = re.compile(
     r"^[ \t]*(?:(?:[-*+]|\d{1,3}[.)])[ \t]+)*(?P<fence>```+(?=[^`\n]*$)|~~~+).*?(?:^[ \t]*(?P=fence)|\Z)|"
-    r"(?P<mark>`+)[^`\n]+?(?P=mark)|\\(?P<escaped>[!-/:-@\[-`{}~])",  # but "\|", which table_cells reads
+    rf"(?P<mark>`+)[^`\n]+?(?P=mark)|{ESCAPE.pattern}(?P<escaped>[^|])",  # table_cells reads "\|"
     re.M | re.S,
 )
 # What is no mark of Markdown's, in code or behind a backslash, is stood in for by a character of the private use area.
@@ -286,9 +287,9 @@ class Passage(NamedTuple):
         return text_for_model(self.heading, self.text)
 
 
-def text_for_model(heading: Iterable[str], markdown: str, max_heading_chars: int = 120) -> str:
+def text_for_model(heading: Iterable[str], markdown: str) -> str:
     """Return what a model reads of a passage: with_heading of its plain text."""
-    return with_heading(heading, plain_text(markdown), max_heading_chars)
+    return with_heading(heading, plain_text(markdown))
 
 
 def with_heading(heading: Iterable[str], text: str, max_heading_chars: int = 120) -> str:
@@ -331,9 +332,11 @@ def cut_passages(text: str, source_file: str, max_chars: int) -> list[Passage]:
     return passages
 
 
-YAML_KEY = r"""["']?\w[\w -]{0,30}["']?:(?:[ \t].*)?\n"""
-FRONT_MATTER = re.compile(  # YAML, or TOML
-    rf"---[ \t]*\n(?:#.*\n|\n)*{YAML_KEY}(?:{YAML_KEY}|[ \t#\]}}-].*\n|\n)*?(?:---|\.\.\.)[ \t]*(?:\n|\Z)|"
+FRONT_MATTER = re.compile(  # YAML, or TOML; only below a key without a value of its own stand items with dashes
+    r"---[ \t]*\n(?:#.*\n|\n)*"
+    r"""(?:["']?\w[\w -]{0,30}["']?:"""
+    r"(?:[ \t]*\n(?:-(?!--[ \t]*\n).*\n|[ \t#\]}].*\n|\n)*|[ \t]+\S.*\n(?:[ \t#\]}].*\n|\n)*))+"
+    r"(?:---|\.\.\.)[ \t]*(?:\n|\Z)|"
     r"\+\+\+\n(?:.*\n)*?\+\+\+[ \t]*(?:\n|\Z)"
 )
 HEADING_MARK = re.compile(r"^ {0,3}#{1,6}[ \t]+", re.M)

@@ -59,6 +59,7 @@ from config import (
 )
 from prepare_finetuning_data import (
     CHART_COLOURS,
+    ESCAPE,
     NO_MODEL,
     UNSPACED,
     WINDOW_FILES,
@@ -512,7 +513,6 @@ IS_UNSPACED = re.compile(f"[{UNSPACED}]")
 CODE_LETTERS = re.compile(r"\A[^\W\d]{3,}(?=\d)")  # of FSTWRN004
 CAMEL = re.compile(r"(?<=[a-zçğıöşü0-9])(?=[A-ZÇĞİÖŞÜ])")
 ENDING = re.compile(r"(?<=\w)(?<!\b[cdjlmnstCDJLMNST])['’][^\W_]+")  # API'nin, don't; not l'utilisateur
-ESCAPE = re.compile(r"\\(?=[!-/:-@\[-`{-~])")  # Markdown's, as of "refresh\_token"
 MAX_QUERY_WORDS = 64
 CANDIDATES = 200  # passages that each of the two arms puts up for the hybrid search
 DEFAULT_SEMANTIC_WEIGHT = 0.3  # where none was fitted
@@ -1694,8 +1694,8 @@ def search_with_base(model, judged: HeldOut, watched: HeldOut, model_dir: Path) 
     took = 1.2 * (time.perf_counter() - started)  # a fifth more for saving, and in case the machine gets busier
     times = 1 if knows_language(judged) else 2
     texts = (2 * times + 9 * cut) * len(watched.passages) + times * SPREAD_PAIRS
-    compared_on = read_json(model_dir / "evaluation.json").get("held_out", {}).get("fingerprint")
-    again = (model_dir / "modules.json").exists() and compared_on != judged.fingerprint()
+    installed = read_json(model_dir / "evaluation.json")
+    again = (model_dir / "modules.json").exists() and known_ranks(judged, installed) is None
     seconds = took * (times + again + texts / max(1, len(judged.passages)))
     print(f"evaluation will take about {duration(seconds)}, besides the training:", file=sys.stderr)
     return seconds
@@ -1806,6 +1806,12 @@ def was_trained_on(queries: list[Query], evaluation: dict) -> np.ndarray:
     return np.array([query.source_file in trained_on for query in queries], dtype=bool)
 
 
+def known_ranks(queries: HeldOut, evaluation: dict) -> list[int] | None:
+    """Return the ranks that an evaluation.json has of these very queries and passages."""
+    held_out = evaluation.get("held_out", {})
+    return held_out["ranks"] if held_out.get("fingerprint") == queries.fingerprint() else None
+
+
 def worse_than_installed(ranks: np.ndarray, judged: HeldOut, model_dir: Path) -> str | None:
     """Return by how much the model in model_dir beats these ranks on the same queries, or None if it does not.
 
@@ -1814,12 +1820,10 @@ def worse_than_installed(ranks: np.ndarray, judged: HeldOut, model_dir: Path) ->
     if not judged.queries or not (model_dir / "modules.json").exists():
         return None
     installed = read_json(model_dir / "evaluation.json")
-    held_out = installed.get("held_out", {})
     try:
         check_model(model_dir)
-        if held_out.get("fingerprint") == judged.fingerprint():
-            others = np.array(held_out["ranks"])
-        else:
+        others = known_ranks(judged, installed)
+        if others is None:
             print("searching them with the installed model", file=sys.stderr)
             others = judged.ranks(judged.similarities(load_model(model_dir, config.DEVICE)))
     except UserError:  # a damaged one may be replaced
@@ -1827,7 +1831,7 @@ def worse_than_installed(ranks: np.ndarray, judged: HeldOut, model_dir: Path) ->
     fair = ~was_trained_on(judged.queries, installed)[DECIDING]
     if not fair.any():
         return None
-    new, old = (float(gains(own)["nDCG@10"][DECIDING][fair].mean()) for own in (ranks, others))
+    new, old = (float(gains(own)["nDCG@10"][DECIDING][fair].mean()) for own in (ranks, np.array(others)))
     return f"nDCG@10 {old:.3f} for the installed model, {new:.3f} for this one" if new < old else None
 
 

@@ -39,6 +39,7 @@ import heapq
 import itertools
 import json
 import math
+import numbers
 import operator
 import os
 import re
@@ -244,9 +245,9 @@ def search(index: Index, query: str, request: Request) -> dict:
 def check_request(request: Request) -> None:
     """Refuse numbers that make no sense, whether options, config.py or an importer gave them."""
     weight, count = request.semantic_weight, request.top_k
-    if weight is not None and not (isinstance(weight, int | float) and 0 <= weight <= 1):
+    if weight is not None and not (isinstance(weight, numbers.Real) and 0 <= weight <= 1):
         raise UserError(f"the weight of the meaning is {weight!r}; it goes from 0 to 1 (config.SEMANTIC_WEIGHT)")
-    if not isinstance(count, int) or count < 1:
+    if not isinstance(count, numbers.Integral) or count < 1:
         raise UserError(f"{count!r} is no number of results; the least is 1 (--top-k, config.TOP_K)")
 
 

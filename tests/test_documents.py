@@ -308,6 +308,9 @@ def test_tables_of_contents_comments_and_image_data_are_no_passages(tmp_path):
 
 
 def test_front_matter_and_rules_are_no_passages_and_shift_no_line():
+    assert texts_of(
+        "---\ntags:\n- name: a\n  mail: b\n- c\n\n# of the site\ntitle: X\n---\n- one\n- two\n\n---\n\nlast\n"
+    ) == ["- one\n- two\n\nlast"]
     found = cut_passages("---\ntitle: X\ntags:\n  - a\n---\n# A\n\none\n\n---\n\ntwo\n", "a.md", MAX_CHARS)
     assert [passage.text for passage in found] == ["one\n\ntwo"]
     assert (found[0].start_line, found[0].end_line) == (8, 12)
@@ -317,13 +320,21 @@ def test_a_rule_at_the_beginning_of_a_document_hides_nothing():
     assert texts_of("---\n\nThe first paragraph.\n\n---\n\nThe second one.\n") == [
         "The first paragraph.\n\nThe second one."
     ]
+    agenda = "---\nToplantı gündemi: bütçe\n- kablo\n- pil\n---\n\nSon.\n"
+    assert "Toplantı gündemi: bütçe" in " ".join(texts_of(agenda))
     assert "once: upon a time" in " ".join(texts_of("---\nonce: upon a time there was no end\n"))
     assert "- one\n- two" in " ".join(texts_of("---\n\n# Title\n\n- one\n- two\n\n---\n\nlast\n"))
 
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize(
-    "text", ["---\na: b\n" + "-a: b\n" * 60 + "text\n", "vb. Ali geldi, " * 20_000, "# " + "<!--" * 20_000]
+    "text",
+    [
+        "---\na: b\n" + "-a: b\n" * 60 + "text\n",
+        "---\n" + "a:\n- b\n  c\n\n" * 9_000 + "text\n",
+        "vb. Ali geldi, " * 20_000,
+        "# " + "<!--" * 20_000,
+    ],
 )
 def test_a_document_made_to_be_slow_is_cut_all_the_same(text):
     assert texts_of(text) or text.startswith("# ")

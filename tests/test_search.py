@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY, error_line, exit_status, run_script, sample_texts, write_documents
 
@@ -931,6 +932,7 @@ def test_fewer_than_one_result_is_refused_to_importers_too(chain, monkeypatch):
     monkeypatch.setattr(semantic_search, "default_index", lambda: generate_embeddings.load_index(chain.index))
     with pytest.raises(UserError, match="-1"):
         semantic_search.keyword_search("bütçe", -1)
+    assert len(semantic_search.hybrid_search("bütçe", np.int64(2), np.float32(0.5), np.float32(0.5))) == 2
 
 
 @pytest.mark.parametrize("option", [["--explain"], ["--context", "1"]])
